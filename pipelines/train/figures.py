@@ -1,0 +1,91 @@
+"""metrics.jsonl: one object a step, appended as training goes, each step in it once."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+from ulm import artefacts
+
+FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What one step, the `step`-th update, was like. Evaluation stands in the step after which it was made."""
+
+    step: int
+    loss: float  # nats per target, mean over the global batch
+    tokens: int  # targets trained on so far
+    step_tokens: int  # targets of this step
+    tokens_per_second: float
+    batch_digest: str
+    lr: float
+    grad_norm: float  # before clipping
+    data_wait_s: float
+    val_loss: float | None = None  # nats per target
+    bits_per_byte: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Without what was not measured."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+class MetricsFile:
+    """The open metrics.jsonl of a run. Lines beyond `last_step`, of work that was lost, are cut first."""
+
+    def __init__(self, folder: Path, last_step: int) -> None:
+        path = folder / FILE
+        kept = [line for line in read(folder) if line["step"] <= last_step]
+        artefacts.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, figures: StepFigures) -> None:
+        """Append one line and hand it to the system; it survives a killed process, not a power cut."""
+        self._file.write(json.dumps(figures.as_json(), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def read(folder: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a last line that a kill cut short is left out."""
+    path = folder / FILE
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
+
+
+class Tail:
+    """What is appended to a run's metrics.jsonl from now on, as another process sees it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path, self._file_id, self._offset = folder / FILE, 0, 0
+        self._last_step = max((line["step"] for line in read(folder)), default=0)
+
+    def new_lines(self) -> list[dict[str, Any]]:
+        """Lines of steps later than any seen before; after a resume the repeated ones are not news."""
+        if not self._path.is_file():
+            return []
+        with self._path.open("rb") as file:
+            if (file_id := os.fstat(file.fileno()).st_ino) != self._file_id:  # a resume has replaced the file
+                self._file_id, self._offset = file_id, 0
+            file.seek(self._offset)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._offset += len(whole) + len(newline)
+        lines = [json.loads(line) for line in whole.splitlines()]
+        new = [line for line in lines if line["step"] > self._last_step]
+        self._last_step = max([self._last_step, *(line["step"] for line in new)])
+        return new

@@ -1,0 +1,193 @@
+"""From a recipe to a training task: every value settled and checked before anything starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ulm import registry
+from ulm.artefacts import digest_file
+from ulm.checkpoints import store
+from ulm.checkpoints.manifest import read_manifest
+from ulm.corpus.manifest import Corpus
+from ulm.corpus.order import Ints
+from ulm.errors import ConfigError
+from ulm.models.account import num_parameters
+from ulm.recipes.train import Train, TrainRecipe
+from ulm.registry import KindConfig, configure
+from ulm.spec import SLOTS, ModelSpec
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """One model to train, as a worker on any node needs it."""
+
+    run: str
+    folder: Path  # of the run: checkpoints, metrics.jsonl
+    corpus: Path
+    spec: ModelSpec
+    num_steps: int
+    batch_tokens: int  # slots of a global batch, a multiple of the context
+    optimizer: KindConfig  # its lr is set
+    schedule: KindConfig
+    seed: int = 0  # of the weights, the row plan and the order
+    start_cursor: int = 0  # rows of the order that another run took before
+    documents: Path | None = None  # .npy of rows of documents.parquet: a cluster; None: all
+    init_from: Path | None = None  # a checkpoint: weights only
+    precision: str = "auto"
+    clip_norm: float = 1.0
+    micro_batch_rows: int | None = None
+    checkpoint_every_steps: int | None = None
+    eval_every_steps: int | None = None
+    eval_tokens: int | None = 100_000
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Rows of a global batch."""
+        return self.batch_tokens // self.spec.context_tokens
+
+    def chosen_documents(self) -> Ints | None:
+        """Rows of documents.parquet to train on, None for all."""
+        return None if self.documents is None else np.load(self.documents, allow_pickle=False).astype(np.int64)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the weights, by its place in a recipe. Workers, evaluation and checkpoints may change."""
+        return {
+            "corpus": Corpus.open(str(self.corpus), verify=False).digest,
+            "model": self.spec.model_dump(mode="json"),
+            "train": {
+                "steps": self.num_steps,
+                "batch_tokens": self.batch_tokens,
+                "seed": self.seed,
+                "precision": self.precision,
+                "clip_norm": self.clip_norm,
+            },
+            "optimizer": self.optimizer.model_dump(mode="json"),
+            "schedule": self.schedule.model_dump(mode="json"),
+            "init_from": read_manifest(self.init_from).digest if self.init_from and self.init_from.is_dir() else None,
+            "documents": digest_file(self.documents) if self.documents else None,
+            "start_cursor": self.start_cursor,
+        }
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Tasks that may begin once the stages before are done, and how the workers share them."""
+
+    tasks: tuple[TrainTask, ...]
+    side_by_side: bool = False  # each task on one worker, longest first; else all workers on each, one after another
+
+    def of_worker(self, rank: int, world_size: int) -> list[TrainTask]:
+        """The tasks of one worker, when they go side by side: each to the worker with the least to do so far."""
+        lanes: list[list[TrainTask]] = [[] for _ in range(world_size)]
+        for task in sorted(self.tasks, key=lambda task: -task.num_steps * task.batch_tokens):
+            min(lanes, key=lambda lane: sum(t.num_steps * t.batch_tokens for t in lane)).append(task)
+        return lanes[rank]
+
+
+def resolve(recipe: TrainRecipe, *, root: Path, near: Path | None = None) -> TrainTask:
+    """The task that a recipe means; ConfigError where its parts do not fit each other or the corpus."""
+    corpus = Corpus.open(recipe.corpus, root=root, near=near, place="corpus")
+    init_from = store.resolve(recipe.init_from, root=root, near=near, place="init_from") if recipe.init_from else None
+    spec = _spec(recipe, corpus, init_from)
+    train = recipe.train
+    # A model that comes from a checkpoint has no preset, and so no preset's defaults.
+    defaults = {} if _model_from_checkpoint(recipe) else ModelSpec.training_defaults(recipe.model)
+    batch_tokens = _batch_tokens(train, spec, defaults)
+    optimizer = configure("optimizer", recipe.optimizer)
+    if getattr(optimizer, "lr", None) is None:
+        optimizer = optimizer.model_copy(update={"lr": defaults.get("lr") or default_lr(spec)})
+    return TrainTask(
+        run=recipe.name,
+        folder=root / "runs" / recipe.name,
+        corpus=corpus.folder,
+        spec=spec,
+        num_steps=_num_steps(train, spec, batch_tokens),
+        batch_tokens=batch_tokens,
+        optimizer=optimizer,
+        schedule=configure("schedule", recipe.schedule or "cosine"),
+        seed=train.seed,
+        init_from=init_from,
+        precision=train.precision,
+        clip_norm=train.clip_norm,
+        micro_batch_rows=train.micro_batch_rows,
+        checkpoint_every_steps=train.checkpoint_every_steps,
+        eval_every_steps=train.eval_every_steps,
+        eval_tokens=train.eval_tokens,
+    )
+
+
+def default_lr(spec: ModelSpec) -> float:
+    """Peak rate for a model without a preset: 0.6 / d_model, at most 4e-3; within a third of what the presets say."""
+    return min(4e-3, 0.6 / spec.d_model)
+
+
+def default_batch_tokens(spec: ModelSpec) -> int:
+    """Global batch for a model without a preset: the presets' own, by number of parameters."""
+    limits = ((2e6, 8_192), (10e6, 16_384), (60e6, 65_536), (200e6, 262_144))
+    size = _parameters(spec)
+    return next((batch for limit, batch in limits if size < limit), 524_288)
+
+
+def _model_from_checkpoint(recipe: TrainRecipe) -> bool:
+    return recipe.init_from is not None and "model" not in recipe.model_fields_set
+
+
+def _spec(recipe: TrainRecipe, corpus: Corpus, init_from: Path | None) -> ModelSpec:
+    vocab_size, context_tokens = corpus.tokenizer.vocab_size, recipe.train.context_tokens
+    base = store.read_spec(init_from) if init_from else None
+    if base is not None and _model_from_checkpoint(recipe):
+        spec = base if context_tokens is None else base.model_copy(update={"context_tokens": context_tokens})
+    else:
+        spec = ModelSpec.parse(recipe.model, vocab_size=vocab_size, context_tokens=context_tokens)
+    if context_tokens is not None and spec.context_tokens != context_tokens:
+        raise ConfigError(
+            "train.context_tokens", f"{context_tokens}, but model.context_tokens is {spec.context_tokens}", "give one"
+        )
+    if spec.vocab_size != vocab_size:
+        place = "init_from" if base is not None else "model.vocab_size"
+        raise ConfigError(place, f"{spec.vocab_size} tokens, the corpus's tokenizer has {vocab_size}", "leave it out")
+    if init_from and base is not None:
+        _check_same(spec, base, init_from, corpus)
+    return spec
+
+
+def _check_same(spec: ModelSpec, base: ModelSpec, init_from: Path, corpus: Corpus) -> None:
+    """Weights are only worth something in the model and for the tokens that they were trained with."""
+    if read_manifest(init_from).tokenizer_digest != corpus.tokenizer.digest:
+        raise ConfigError("init_from", f"{init_from} has another tokenizer than the corpus", "build the corpus with it")
+    for field in ("model", "d_model", "num_layers", *SLOTS):
+        if getattr(spec, field) != getattr(base, field):
+            remedy = "leave model out to take the checkpoint's"
+            raise ConfigError("init_from", f"its model has another {field} than this recipe's", remedy)
+
+
+def _batch_tokens(train: Train, spec: ModelSpec, defaults: dict[str, Any]) -> int:
+    context_tokens = spec.context_tokens
+    if train.batch_tokens is None:
+        wanted = int(defaults.get("batch_tokens") or default_batch_tokens(spec))
+        return max(1, wanted // context_tokens) * context_tokens
+    if train.batch_tokens % context_tokens:
+        near = max(1, round(train.batch_tokens / context_tokens)) * context_tokens
+        problem = f"{train.batch_tokens} is not a multiple of context_tokens {context_tokens}"
+        raise ConfigError("train.batch_tokens", problem, f"for example {near}")
+    return train.batch_tokens
+
+
+def _num_steps(train: Train, spec: ModelSpec, batch_tokens: int) -> int:
+    if train.steps is not None:
+        return train.steps
+    if train.tokens is not None:
+        return math.ceil(train.tokens / batch_tokens)
+    assert train.tokens_per_parameter is not None  # one of the three is given
+    return math.ceil(train.tokens_per_parameter * _parameters(spec) / batch_tokens)
+
+
+def _parameters(spec: ModelSpec) -> int:
+    with torch.device("meta"):
+        return num_parameters(registry.find("model", spec.model)(spec))

@@ -1,0 +1,270 @@
+"""The OpenAI surface: /v1/models, /v1/completions, /v1/chat/completions, and /healthz, /readyz, /metrics.
+
+Plain FastAPI over a Catalog; the gateway mounts it under Ray Serve, tests call it without.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from serve.api.answers import ChatShape, Choice, CompletionShape, Shape, ledger_json
+from serve.api.schema import ChatBody, CompletionBody, GenerationBody
+from serve.catalog import Catalog, Model
+from serve.contracts import GenerateRequest, Ledger, TokenChunk
+from ulm.errors import RequestError, UnsupportedError
+from ulm.models.generate import prompt_tokens, room
+from ulm.models.sampling import MAX_SEED, Sampling
+from ulm.tokenizers.tokenizer import CHAT_STOP
+
+MAX_BODY_BYTES = 4 << 20
+Record = Callable[[str, float, Mapping[str, str]], None]  # metric, value, tags
+
+
+def error_body(message: str, type_: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """OpenAI's error shape."""
+    return {"error": {"message": message, "type": type_, "param": param, "code": code}}
+
+
+class Answering:
+    """Turns bodies into answers, and reports what they took."""
+
+    def __init__(self, catalog: Catalog, record: Record) -> None:
+        self.catalog, self._record = catalog, record
+
+    async def respond(
+        self, body: CompletionBody | ChatBody, prompts: list[str | list[int]], shape_of: type[Shape]
+    ) -> JSONResponse | StreamingResponse:
+        """The response, streamed or whole. Errors before the first token are raised, with their status."""
+        started_s = time.monotonic()
+        model = self.catalog.model(body.model, body.ulm.strategy_options())
+        tags = {"model": model.name, "strategy": model.kind}
+        try:
+            requests = [self._request(body, model, prompt) for prompt in prompts]
+            shape = shape_of(model.name, model.tokenizer, body.num_top_logprobs is not None)
+            answer = self._run(body, model, requests, started_s)
+            first = await anext(answer)  # so that a refusal is a status, not a broken stream
+        except Exception as error:
+            self._count(tags, "refused" if isinstance(error, RequestError) else "failed", started_s)
+            raise
+        if body.stream:
+            events = self._events(body, shape, requests, first, answer, tags, started_s)
+            headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
+            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        choices = [Choice(i, len(r.tokens)) for i, r in enumerate(requests)]
+        ledger = Ledger(model.kind)
+        try:
+            async for index, item in _chain(first, answer):
+                if isinstance(item, Ledger):
+                    ledger = _joined(ledger, item)
+                else:
+                    choices[index].add(item)
+        except Exception:
+            self._count(tags, "failed", started_s)
+            raise
+        self._finish(tags, choices, ledger, started_s)
+        return JSONResponse(shape.whole(choices, ledger))
+
+    def _request(self, body: CompletionBody | ChatBody, model: Model, prompt: str | list[int]) -> GenerateRequest:
+        tokens = prompt_tokens(model.tokenizer, prompt)
+        if not tokens or any(token >= model.tokenizer.vocab_size for token in tokens):
+            raise RequestError("prompt: token ids must be below the vocabulary's size, at least one", param="prompt")
+        left = room(len(tokens), model.context_tokens)
+        max_tokens = body.max_tokens or getattr(body, "max_completion_tokens", None) or left
+        seed = body.seed if body.seed is not None else secrets.randbelow(MAX_SEED)
+        stop = body.stop_strings or ((CHAT_STOP,) if isinstance(body, ChatBody) else ())
+        return GenerateRequest(
+            tokens=tuple(tokens),
+            weights={},
+            max_tokens=min(max_tokens, left),
+            sampling=Sampling(temperature=body.temperature, top_k=body.top_k, top_p=body.top_p, seed=seed),
+            stop=stop,
+            num_top_logprobs=body.num_top_logprobs,
+            stream=body.stream,
+        )
+
+    async def _run(
+        self, body: GenerationBody, model: Model, requests: list[GenerateRequest], started_s: float
+    ) -> AsyncIterator[tuple[int, TokenChunk | Ledger]]:
+        """Chunks of all prompts, one prompt after the other, with the prompt's index."""
+        for index, request in enumerate(requests):
+            async with aclosing(self.catalog.answer(model, request, body.ulm.budget)) as answer:  # type: ignore[type-var]
+                async for item in answer:
+                    if started_s and isinstance(item, TokenChunk):
+                        tags = {"model": model.name, "strategy": model.kind}
+                        self._record("ulm_ttft_seconds", time.monotonic() - started_s, tags)
+                        started_s = 0.0
+                    yield index, item
+
+    async def _events(
+        self,
+        body: GenerationBody,
+        shape: Shape,
+        requests: list[GenerateRequest],
+        first: tuple[int, TokenChunk | Ledger],
+        answer: AsyncIterator[tuple[int, TokenChunk | Ledger]],
+        tags: dict[str, str],
+        started_s: float,
+    ) -> AsyncIterator[str]:
+        choices = [Choice(i, len(r.tokens)) for i, r in enumerate(requests)]
+        ledger, held, outcome = Ledger(tags["strategy"]), None, "cancelled"
+        try:
+            for choice in choices:
+                if (opening := shape.opening(choice.index)) is not None:
+                    yield _event(opening)
+            async for index, item in _chain(first, answer):
+                if isinstance(item, Ledger):
+                    ledger = _joined(ledger, item)
+                    if held is not None and index == len(choices) - 1 and not body.include_usage:
+                        held = {**held, "ulm": ledger_json(ledger)}
+                    if held is not None:
+                        yield _event(held)
+                    held = None
+                    continue
+                piece = shape.piece(index, item, choices[index])
+                choices[index].add(item)
+                if item.finish_reason is not None:
+                    held = piece  # the ledger, which follows, may belong on it
+                elif item.text or item.logprobs:
+                    yield _event(piece)
+            if body.include_usage:
+                yield _event({**shape.tail(choices), "ulm": ledger_json(ledger)})
+            outcome = "ok"
+            yield "data: [DONE]\n\n"
+        except Exception as error:  # noqa: BLE001  the stream has begun: the error can only be an event
+            outcome = "failed"
+            yield _event(error_body(str(error) or type(error).__name__, "server_error"))
+        finally:
+            self._finish(tags, choices, ledger, started_s, outcome)
+
+    def _count(self, tags: dict[str, str], outcome: str, started_s: float) -> None:
+        self._record("ulm_requests_total", 1, {**tags, "outcome": outcome})
+        self._record("ulm_request_seconds", time.monotonic() - started_s, tags)
+
+    def _finish(
+        self, tags: dict[str, str], choices: list[Choice], ledger: Ledger, started_s: float, outcome: str = "ok"
+    ) -> None:
+        self._count(tags, outcome, started_s)
+        model = {"model": tags["model"]}
+        self._record("ulm_tokens_total", sum(c.num_prompt_tokens for c in choices), {**model, "kind": "prompt"})
+        generated = sum(c.num_tokens for c in choices)
+        self._record("ulm_tokens_total", generated, {**model, "kind": "generated"})
+        if generated:
+            rate = generated / max(1e-9, time.monotonic() - started_s)
+            self._record("ulm_generated_tokens_per_second", rate, model)
+        for call in ledger.calls:
+            self._record("ulm_member_weight", call.weight, {"member": call.member})
+
+
+async def _chain(
+    first: tuple[int, TokenChunk | Ledger], rest: AsyncIterator[tuple[int, TokenChunk | Ledger]]
+) -> AsyncIterator[tuple[int, TokenChunk | Ledger]]:
+    yield first
+    async with aclosing(rest):  # type: ignore[type-var]
+        async for item in rest:
+            yield item
+
+
+def _joined(ledger: Ledger, more: Ledger) -> Ledger:
+    return replace(more, calls=ledger.calls + more.calls, degraded=ledger.degraded + more.degraded)
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+def build_app(
+    catalog: Catalog, record: Record, metrics: Callable[[], Awaitable[str]], started: int | None = None
+) -> FastAPI:
+    """The endpoint as an ASGI application. `metrics` gives the text of /metrics."""
+    app = FastAPI(title="µLM", description="A swarm of small language models behind OpenAI's API.")
+    answering = Answering(catalog, record)
+    created = started if started is not None else int(time.time())
+    _handle_errors(app)
+
+    @app.middleware("http")
+    async def bound_body(request: Request, follow: Callable[[Request], Awaitable[Any]]) -> Any:
+        length = request.headers.get("content-length", "0")
+        if length.isdigit() and int(length) > MAX_BODY_BYTES:
+            message = f"The body has {length} bytes; at most {MAX_BODY_BYTES} are taken"
+            return JSONResponse(error_body(message, "invalid_request_error"), 413)
+        return await follow(request)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card(name) for name in catalog.names()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        catalog.model(name)
+        return card(name)
+
+    def card(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": created, "owned_by": "ulm"}
+
+    @app.post("/v1/completions", response_model=None)
+    async def completions(body: CompletionBody) -> JSONResponse | StreamingResponse:
+        return await answering.respond(body, body.prompts(), CompletionShape)
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat_completions(body: ChatBody) -> JSONResponse | StreamingResponse:
+        tokenizer = catalog.model(body.model).tokenizer
+        prompt = tokenizer.render_chat([message.plain() for message in body.messages])
+        return await answering.respond(body, [prompt], ChatShape)
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/readyz", response_model=None)
+    async def readyz() -> JSONResponse:
+        engines = {id(m.engine): m.engine for m in catalog.members.values()}
+        loaded = {name for engine in engines.values() for name in await engine.members()}
+        lacking = sorted(set(catalog.members) - loaded)
+        status = {"status": "ready"} if not lacking else {"status": "not ready", "missing": lacking}
+        return JSONResponse(status, 503 if lacking else 200)
+
+    @app.get("/metrics", response_model=None)
+    async def metrics_page() -> PlainTextResponse:
+        return PlainTextResponse(await metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return app
+
+
+def _handle_errors(app: FastAPI) -> None:
+    @app.exception_handler(RequestError)
+    async def refused(_: Request, error: RequestError) -> JSONResponse:
+        return JSONResponse(error_body(str(error), error.type, error.param, error.code), error.status)
+
+    @app.exception_handler(UnsupportedError)
+    async def unsupported(_: Request, error: UnsupportedError) -> JSONResponse:
+        return JSONResponse(error_body(str(error), "invalid_request_error", None, "unsupported"), 400)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part != "body")
+        if first["type"] == "json_invalid":
+            return JSONResponse(error_body(f"The body is not JSON: {first['msg']}", "invalid_request_error"), 400)
+        problem = "unknown field" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+        message = f"{place}: {problem}" if place else problem
+        return JSONResponse(error_body(message, "invalid_request_error", place or None), 400)
+
+    @app.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> JSONResponse:
+        type_ = "invalid_request_error" if error.status_code < 500 else "server_error"
+        return JSONResponse(error_body(str(error.detail), type_), error.status_code)
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(error_body(f"{type(error).__name__}; see the server's log", "server_error"), 500)

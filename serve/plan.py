@@ -1,0 +1,61 @@
+"""What a serve recipe means once its names are looked up: members with their checkpoints, router, strategy, budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ulm.checkpoints import store
+from ulm.errors import ConfigError
+from ulm.recipes.serve import Budget, ServeRecipe
+from ulm.swarm.manifest import Swarm
+
+
+@dataclass(frozen=True)
+class PlannedMember:
+    """A member to be loaded."""
+
+    checkpoint: Path
+    cluster: int | None = None
+    domain: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything the gateway and the engines need; plain values, so that it travels."""
+
+    members: dict[str, PlannedMember]
+    groups: tuple[tuple[str, ...], ...]  # members that share an engine
+    strategy: dict[str, Any]
+    budget: Budget
+    router: Path | None
+    swarm: Path | None
+
+
+def make_plan(recipe: ServeRecipe, *, root: Path, near: Path | None) -> Plan:
+    """Look up what the recipe names; ConfigError or ArtefactError where something is missing or damaged."""
+    router: Path | None = None
+    if recipe.swarm is not None:
+        swarm = Swarm.open(recipe.swarm, root=root, near=near, verify=False)  # engines verify what they load
+        members = {
+            name: PlannedMember(swarm.checkpoint(name), entry.cluster, entry.domain)
+            for name, entry in swarm.members.items()
+        }
+        router, folder = swarm.router_folder(), swarm.folder
+        strategy = recipe.strategy or swarm.manifest.strategy
+        budget = recipe.budget if recipe.budget != Budget() else swarm.manifest.budget
+    else:
+        members = {
+            name: PlannedMember(
+                store.resolve(member.checkpoint, root=root, near=near, place=f"members.{name}.checkpoint")
+            )
+            for name, member in recipe.members.items()
+        }
+        folder, strategy, budget = None, recipe.strategy or {"kind": "single"}, recipe.budget
+    size = recipe.members_per_engine or len(members)
+    names = list(members)
+    if not names:
+        raise ConfigError("members", "is empty", "name at least one")
+    groups = tuple(tuple(names[i : i + size]) for i in range(0, len(names), size))
+    return Plan(members, groups, strategy, budget, router, folder)

@@ -1,0 +1,206 @@
+"""Every kind in every slot equals its slow NumPy reference."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from pydantic import BaseModel
+
+import ulm
+from ulm import registry
+from ulm.components.attend import attend
+from ulm.components.contracts import Mask, ModelDims
+from ulm.errors import UnknownKindError
+from ulm.reference import attention as reference_attention
+from ulm.reference.lookup import reference
+from ulm.reference.mask import causal
+from ulm.reference.optimizer import State
+from ulm.spec import SLOTS
+
+FLOAT64 = {"rtol": 1e-12, "atol": 1e-12}  # the same sums in another order
+ROPE_TABLE = {"rtol": 0.0, "atol": 1e-6}  # the component keeps its angles' cosines in float32 (6e-8 each)
+EVERY_KIND = [(slot, kind) for slot in (*SLOTS, "optimizer", "schedule", "model") for kind in ulm.kinds(slot)]
+B, T = 2, 7
+
+
+def spec_with(slot: str, kind: str) -> ulm.ModelSpec:
+    return ulm.ModelSpec.preset("nano", vocab_size=97, num_layers=2, context_tokens=32, **{slot: {"kind": kind}})
+
+
+def dims_of(spec: ulm.ModelSpec) -> ModelDims:
+    return ModelDims(spec.d_model, spec.num_layers, spec.vocab_size, spec.context_tokens, spec.head_dim)
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)), dtype=torch.float64)
+
+
+def filled(component: torch.nn.Module) -> torch.nn.Module:
+    """In float64, with every weight drawn: ones would hide a forgotten factor."""
+    generator = torch.Generator().manual_seed(5)
+    component = component.double()
+    with torch.no_grad():
+        for parameter in component.parameters():
+            parameter.normal_(0.0, 0.1, generator=generator)
+    return component
+
+
+def numbers(component: torch.nn.Module) -> dict[str, np.ndarray]:
+    return {name: p.detach().numpy() for name, p in component.named_parameters()}
+
+
+def settings(config: BaseModel) -> dict[str, object]:
+    return config.model_dump()
+
+
+@pytest.mark.parametrize(("slot", "kind"), EVERY_KIND, ids=lambda name: name)
+def test_every_kind_has_a_reference(slot, kind):
+    assert callable(reference(slot, kind))
+
+
+def test_a_kind_without_a_reference_is_named_with_the_file_to_write():
+    with pytest.raises(UnknownKindError, match=r"norm\.softnorm: has no reference .*ulm/reference/norm\.py"):
+        reference("norm", "softnorm")
+
+
+@pytest.mark.parametrize("kind", ulm.kinds("embedding"))
+def test_embedding_equals_its_reference(kind):
+    spec = spec_with("embedding", kind)
+    component = filled(registry.find("embedding", kind)(spec.embedding, dims_of(spec)))
+    tokens_BT = torch.arange(B * T).reshape(B, T) * 6 % spec.vocab_size
+    expected = reference("embedding", kind)(tokens_BT.numpy(), numbers(component), settings(spec.embedding))
+    np.testing.assert_allclose(component(tokens_BT).detach(), expected, **FLOAT64)
+
+
+@pytest.mark.parametrize("kind", ulm.kinds("position"))
+def test_position_equals_its_reference(kind):
+    spec = spec_with("position", kind)
+    component = registry.find("position", kind)(spec.position, dims_of(spec)).double()
+    x_BTHE, positions_BT = drawn(B, T, 3, spec.head_dim), torch.tensor([[*range(T)], [*range(20, 20 + T)]])
+    expected = reference("position", kind)(x_BTHE.numpy(), positions_BT.numpy(), settings(spec.position))
+    np.testing.assert_allclose(component.rotate(x_BTHE, positions_BT), expected, **ROPE_TABLE)
+
+
+def test_rope_scores_depend_on_distance_alone():
+    turn = reference("position", "rope")
+    q, k = drawn(1, 1, 1, 32).numpy(), drawn(1, 1, 1, 32).numpy() + 1
+    scores = [
+        float((turn(q, np.array([[m]]), {"theta": 10_000.0}) * turn(k, np.array([[n]]), {"theta": 10_000.0})).sum())
+        for m, n in ((3, 0), (103, 100), (4, 0))
+    ]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-9)
+    assert abs(scores[0] - scores[2]) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ulm.kinds("attention"))
+def test_attention_equals_its_reference(kind):
+    spec = spec_with("attention", kind)
+    rotate = registry.find("position", spec.position.kind)(spec.position, dims_of(spec)).double()
+    component = filled(registry.find("attention", kind)(spec.attention, dims_of(spec), rotate, 0))
+    x_BTD, positions_BT = drawn(B, T, spec.d_model), torch.arange(T)[None]
+    expected = reference("attention", kind)(
+        x_BTD.numpy(),
+        numbers(component),
+        settings(spec.attention),
+        positions_BT=np.tile(np.arange(T), (B, 1)),
+        allowed_BTS=np.tile(causal(T, T), (B, 1, 1)),
+        rotate=lambda x, p: reference("position", spec.position.kind)(x, p, settings(spec.position)),
+    )
+    np.testing.assert_allclose(
+        component(x_BTD, positions_BT=positions_BT, mask=Mask()).detach(), expected, **ROPE_TABLE
+    )
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (4, 1)], ids=["multi-head", "grouped", "one"])
+def test_attend_equals_its_reference_with_ragged_masks(num_heads, num_kv_heads):
+    q, k, v = drawn(B, 3, num_heads, 8), drawn(B, T, num_kv_heads, 8) / 2, drawn(B, T, num_kv_heads, 8) + 1
+    allowed_BTS = np.stack([causal(3, T), np.pad(causal(3, 4), ((0, 0), (0, T - 4)))])
+    expected = reference_attention.attend(q.numpy(), k.numpy(), v.numpy(), allowed_BTS)
+    np.testing.assert_allclose(attend(q, k, v, Mask(torch.from_numpy(allowed_BTS))), expected, **FLOAT64)
+
+
+def test_attend_without_a_mask_is_causal_also_where_a_bias_is_given():
+    q, k, v = drawn(1, T, 2, 8), drawn(1, T, 2, 8) / 2, drawn(1, T, 2, 8) + 1
+    expected = reference_attention.attend(q.numpy(), k.numpy(), v.numpy(), causal(T, T)[None])
+    np.testing.assert_allclose(attend(q, k, v, Mask()), expected, **FLOAT64)
+    no_bias = torch.zeros(1, 2, T, T, dtype=torch.float64)
+    np.testing.assert_allclose(attend(q, k, v, Mask(), no_bias), expected, **FLOAT64)
+
+
+def test_attend_has_the_gradients_of_finite_differences():
+    q, k, v = (x.requires_grad_() for x in (drawn(1, 3, 2, 4), drawn(1, 5, 1, 4) / 2, drawn(1, 5, 1, 4) + 1))
+    mask = Mask(torch.from_numpy(causal(3, 5))[None])
+    assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, mask), (q, k, v))
+
+
+@pytest.mark.parametrize("kind", ulm.kinds("feedforward"))
+def test_feedforward_equals_its_reference(kind):
+    spec = spec_with("feedforward", kind)
+    component = filled(registry.find("feedforward", kind)(spec.feedforward, dims_of(spec), 0))
+    x_BTD = drawn(B, T, spec.d_model)
+    expected = reference("feedforward", kind)(x_BTD.numpy(), numbers(component), settings(spec.feedforward))
+    np.testing.assert_allclose(component(x_BTD).detach(), expected, **FLOAT64)
+
+
+@pytest.mark.parametrize("kind", ulm.kinds("norm"))
+@pytest.mark.parametrize("scale", [1.0, 1e-3], ids=["plain", "near eps"])  # at 1e-3 the mean square equals eps
+def test_norm_equals_its_reference(kind, scale):
+    spec = spec_with("norm", kind)
+    component = filled(registry.find("norm", kind)(spec.norm, dims_of(spec)))
+    x_BTD = drawn(B, T, spec.d_model) * scale
+    expected = reference("norm", kind)(x_BTD.numpy(), numbers(component), settings(spec.norm))
+    np.testing.assert_allclose(component(x_BTD).detach(), expected, **FLOAT64)
+
+
+@pytest.mark.parametrize("kind", ulm.kinds("head"))
+def test_head_equals_its_reference(kind):
+    spec = spec_with("head", kind)
+    component = filled(registry.find("head", kind)(spec.head, dims_of(spec), None))
+    x_BTD = drawn(B, T, spec.d_model)
+    expected = reference("head", kind)(
+        x_BTD.numpy(), numbers(component), settings(spec.head), vocab_size=spec.vocab_size
+    )
+    assert expected.shape == (B, T, 97)
+    np.testing.assert_allclose(component(x_BTD).detach(), expected, **FLOAT64)
+
+
+@pytest.mark.parametrize("kind", ulm.kinds("optimizer"))
+def test_five_optimizer_steps_equal_the_reference(kind):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)).double()
+    config = registry.configure("optimizer", {"kind": kind})
+    optimizer = registry.find("optimizer", kind).build(config, model, 0.05)
+    expected, state = copy.deepcopy(numbers(model)), State()
+    for step in range(5):
+        optimizer.zero_grad()
+        (model(drawn(6, 3) + step) ** 2).mean().backward()
+        gradients = {name: p.grad.numpy().copy() for name, p in model.named_parameters()}
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr = 0.05 / (1 + step)
+        expected, state = reference("optimizer", kind)(expected, gradients, state, settings(config), lr)
+        optimizer.step()
+    for name, parameter in numbers(model).items():
+        np.testing.assert_allclose(parameter, expected[name], err_msg=name, **FLOAT64)
+
+
+@pytest.mark.parametrize("kind", ulm.kinds("schedule"))
+@pytest.mark.parametrize("num_steps", [1, 5, 30, 1000, 80_000])
+@pytest.mark.parametrize("given", [{}, {"warmup_steps": 0}, {"warmup_steps": 7, "final_share": 0.0}], ids=str)
+def test_schedule_equals_its_reference_at_every_step(kind, num_steps, given):
+    config = registry.configure("schedule", {"kind": kind, **given})
+    share = registry.find("schedule", kind).share
+    expected = reference("schedule", kind)(settings(config), num_steps)
+    assert len(expected) == num_steps
+    steps = np.unique(np.linspace(0, num_steps - 1, 2000).astype(int))
+    np.testing.assert_allclose([share(config, int(s), num_steps) for s in steps], expected[steps], **FLOAT64)
+
+
+@pytest.mark.parametrize("decay_share", [0.0, 0.001, 0.5, 1.0])
+def test_hold_and_decay_end_where_they_should(decay_share):
+    config = registry.configure("schedule", {"kind": "wsd", "warmup_steps": 10, "decay_share": decay_share})
+    share = registry.find("schedule", "wsd").share
+    shares = [share(config, step, 1000) for step in range(1000)]
+    np.testing.assert_allclose(shares, reference("schedule", "wsd")(settings(config), 1000), **FLOAT64)
+    assert shares[-1] == pytest.approx(0.1 if decay_share else 1.0)
+    assert shares[9] == 1.0

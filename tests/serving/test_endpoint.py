@@ -1,0 +1,120 @@
+"""The endpoint as clients meet it: Ray Serve, HTTP, the official openai client."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+import ulm
+from ulm.errors import ClusterError
+from ulm.recipes import ServeRecipe
+from ulm.recipes.base import validate
+from ulm.swarm.manifest import Swarm
+
+METRICS_TIMEOUT_S = 30.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def served(swarm: Swarm) -> Iterator[dict[str, Any]]:
+    """The small swarm behind one address, its members in two engines."""
+    import ray
+
+    from serve import app
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    recipe = validate(
+        ServeRecipe,
+        {"name": "t", "swarm": str(swarm.folder), "port": free_port(), "cpus": 0.5, "members_per_engine": 3},
+    )
+    try:
+        yield app.up(recipe, root=Path("unused"), near=None)
+    finally:
+        app.down()
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(served: dict[str, Any]) -> openai.OpenAI:
+    return openai.OpenAI(base_url=served["url"], api_key="none", max_retries=0)
+
+
+def test_the_official_client_lists_the_models(client: openai.OpenAI, served: dict[str, Any]) -> None:
+    names = [model.id for model in client.models.list()]
+    assert names == served["models"] and {"swarm", "swarm/route", "swarm/mixture", "e00", "seed"} <= set(names)
+
+
+def test_greedy_tokens_equal_the_plain_generators(client: openai.OpenAI, swarm: Swarm) -> None:
+    for member in ("e00", "e01"):
+        oracle = ulm.generate(*ulm.load(swarm.checkpoint(member)), "def f(self", max_tokens=16)
+        answer = client.completions.create(model=member, prompt="def f(self", max_tokens=16, temperature=0, logprobs=0)
+        assert answer.choices[0].text == oracle.text
+        assert answer.choices[0].logprobs is not None
+        assert answer.choices[0].logprobs.token_logprobs == pytest.approx(oracle.logprobs, abs=2e-5)
+        assert answer.usage is not None and answer.usage.completion_tokens == len(oracle.tokens)
+
+
+@pytest.mark.parametrize("model", ["e00", "swarm"])
+def test_a_streamed_chat_equals_the_unstreamed_one(client: openai.OpenAI, model: str) -> None:
+    messages: Any = [{"role": "user", "content": "Return a list"}]
+    asked: Any = {"model": model, "messages": messages, "max_tokens": 16, "temperature": 0.7, "seed": 11}
+    whole = client.chat.completions.create(**asked)
+    stream = client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage
+
+
+def test_members_in_two_engines_are_mixed_and_the_ledger_names_them(client: openai.OpenAI) -> None:
+    answer = client.completions.create(
+        model="swarm/mixture", prompt="The", max_tokens=6, temperature=0, extra_body={"ulm": {"top_k": 3}}
+    )
+    ledger = answer.model_extra["ulm"] if answer.model_extra else {}
+    assert ledger["strategy"] == "mixture" and {c["member"] for c in ledger["calls"]} == {"e00", "e01", "e02"}
+    assert sum(c["weight"] for c in ledger["calls"]) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_errors_reach_the_client_as_its_own_types(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.completions.create(model="nope", prompt="a")
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as long:
+        client.chat.completions.create(model="e00", messages=[{"role": "user", "content": "word " * 400}])
+    assert long.value.code == "context_length_exceeded"
+
+
+def test_the_metrics_page_has_the_series_of_all_replicas(client: openai.OpenAI, served: dict[str, Any]) -> None:
+    client.completions.create(model="e00", prompt="a", max_tokens=2)
+    deadline_s = time.monotonic() + METRICS_TIMEOUT_S  # Ray exports every few seconds
+    wanted = ("ray_ulm_requests_total", "ray_ulm_memory_resident_bytes", "ray_ulm_ttft_seconds_bucket")
+    page = ""
+    while time.monotonic() < deadline_s and not all(name in page for name in wanted):
+        page = httpx.get(served["url"].removesuffix("/v1") + "/metrics", trust_env=False).text
+        time.sleep(0.5)
+    assert [name for name in wanted if name not in page] == []
+    line = next(line for line in page.splitlines() if line.startswith("ray_ulm_requests_total{"))
+    assert 'outcome="' in line and 'strategy="' in line
+
+
+def test_a_port_in_use_is_an_error_with_a_remedy() -> None:
+    from serve import app
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ClusterError, match=f"port {port} of 127.0.0.1 cannot be used.*--set port={port + 1}"):
+            app.check_port("127.0.0.1", port)

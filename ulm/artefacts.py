@@ -1,0 +1,155 @@
+"""Reading and writing artefacts: atomic, digested, verified, found by name.
+
+A file or folder is written beside its place under a `.partial` name, synced, and renamed; a reader therefore sees
+the whole of it or nothing, and a kill at any moment leaves at most a `.partial` that nobody lists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ulm.errors import ArtefactError, ConfigError
+
+PARTIAL = ".partial"
+FORMAT_VERSION = 1
+
+
+def digest_bytes(data: bytes) -> str:
+    """SHA-256, as hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON (sorted keys, no spaces)."""
+    return digest_bytes(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's content in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # mkstemp makes 0600, which other users of a shared root could not read
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file in one step."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def new_folder(place: Path) -> Iterator[Path]:
+    """A folder to fill; it appears at `place`, whole and synced, when the block ends without an error.
+
+    If `place` appeared meanwhile (the same content, made by someone else) that one stays.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{place.name}.", suffix=PARTIAL, dir=place.parent))
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            _sync(file)
+        _sync(partial)
+        partial.chmod(0o755)
+        try:
+            os.rename(partial, place)
+        except OSError:
+            if not place.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    _sync(place.parent)
+
+
+def read_manifest(folder: Path, what: str) -> dict[str, Any]:
+    """manifest.json of an artefact, checked for its presence and format version."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtefactError(f"{folder}: no {what} here (manifest.json is missing)") from None
+    except (ValueError, NotADirectoryError) as error:
+        raise ArtefactError(f"{path}: not a readable manifest: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
+        found = manifest.get("format_version") if isinstance(manifest, dict) else None
+        raise ArtefactError(f"{path}: format_version is {found}, this version reads {FORMAT_VERSION}")
+    return manifest
+
+
+def digest_files(folder: Path) -> dict[str, str]:
+    """Name to digest of every file in a folder, for its manifest."""
+    return {p.name: digest_file(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != "manifest.json"}
+
+
+def verify_files(folder: Path, digests: Mapping[str, str]) -> None:
+    """Raise ArtefactError at the first file that is missing or differs from its digest."""
+    for name, digest in digests.items():
+        path = folder / name
+        if not path.is_file():
+            raise ArtefactError(f"{path}: missing; the artefact is incomplete, make or copy it again")
+        if digest_file(path) != digest:
+            raise ArtefactError(f"{path}: content does not match its digest; the file is damaged, copy it again")
+
+
+def point(pointer: Path, target: Path) -> None:
+    """Let a name point to an artefact: a text file with the relative path, replaced atomically."""
+    write_text(pointer, os.path.relpath(target, pointer.parent) + "\n")
+
+
+def follow(pointer: Path) -> Path:
+    """Where a name points to."""
+    return (pointer.parent / pointer.read_text(encoding="utf-8").strip()).resolve()
+
+
+def names(folder: Path) -> dict[str, Path]:
+    """All names in a folder of pointers, with where they point."""
+    if not folder.is_dir():
+        return {}
+    return {p.name: follow(p) for p in sorted(folder.iterdir()) if p.is_file() and not p.name.endswith(PARTIAL)}
+
+
+def find(text: str, *, folder: Path, names_in: Path, what: str, place: str, near: Path | None = None) -> Path:
+    """An artefact given as a path (absolute, relative to `near`, or to the root), a name, a digest or its beginning."""
+    root = folder.parent
+    for candidate in ([near / text] if near else []) + [Path(text).expanduser(), root / text]:
+        if candidate.is_dir():
+            return candidate.resolve()
+    pointer = names_in / text
+    if "/" not in text and pointer.is_file():
+        return follow(pointer)
+    matches = [p for p in folder.glob(f"{text}*") if p.is_dir() and len(p.name) == 64] if len(text) >= 8 else []
+    if len(matches) == 1:
+        return matches[0]
+    known = ", ".join(names(names_in)) or "none yet"
+    raise ConfigError(place, f"no {what} {text!r}", f"a path, a digest, or one of these names: {known}")

@@ -1,0 +1,84 @@
+"""Which Ray cluster a verb works on: the one named, the one ulm started for this root, else one of its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ulm import artefacts, runtime
+from ulm.errors import ClusterError
+
+
+def state_file(root: Path) -> Path:
+    """Where a running endpoint says how to reach it and its cluster."""
+    return root / "serve.json"
+
+
+def running(root: Path) -> dict[str, Any] | None:
+    """What the endpoint of this root says of itself, None when there is none (a leftover file is removed)."""
+    path = state_file(root)
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        os.kill(int(state["pid"]), 0)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, ProcessLookupError):
+        path.unlink(missing_ok=True)
+        return None
+    except PermissionError:
+        pass  # alive, another user's
+    return state
+
+
+@contextmanager
+def session(root: Path, address: str | None, *, dashboard: bool = False) -> Iterator[str]:
+    """A connection to a cluster for the time of the block, as its address. A cluster started here ends with it."""
+    runtime.set_variable("RAY_DEDUP_LOGS", "0")
+    runtime.set_variable("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default; without it, it warns
+    runtime.set_variable("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    runtime.set_variable("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine unasked
+    import ray
+
+    address = address or runtime.variable("RAY_ADDRESS")
+    if address is None and (state := running(root)) is not None:
+        address = state.get("ray_address")
+    try:
+        if address is not None:
+            context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            context = ray.init(
+                address="local",
+                include_dashboard=dashboard,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=_object_store_bytes(),
+            )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ClusterError(f"no Ray cluster at {address or 'this machine'}: {error}") from None
+    try:
+        yield str(context.address_info["gcs_address"])
+    finally:
+        ray.shutdown()
+
+
+def _object_store_bytes() -> int:
+    """A quarter of the memory, at most 1 GB: batches of text are small, and /dev/shm is memory too."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(max(100_000_000, min(1_000_000_000, physical // 4)))
+
+
+def remember(root: Path, state: dict[str, Any]) -> None:
+    """Write the state file."""
+    artefacts.write_json(state_file(root), state)
+
+
+def forget(root: Path) -> None:
+    """Remove the state file if it is this process's."""
+    state = running(root)
+    if state is not None and state.get("pid") == os.getpid():
+        state_file(root).unlink(missing_ok=True)

@@ -1,0 +1,103 @@
+"""How verbs speak: people read stderr, programs the last line of stdout; errors become exit codes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ulm.errors import ConfigError, UlmError
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
+err = Console(stderr=True, highlight=False)
+
+
+class Terminated(BaseException):
+    """SIGTERM as an exception, so that every `finally` on the way out is run."""
+
+
+def finish(value: dict[str, Any]) -> None:
+    """Print the result as the last line of stdout."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def finish_job(result: dict[str, Any]) -> None:
+    """Print a job's result; a job that was interrupted after saving ends with 143."""
+    finish(result)
+    if result.get("status") == "interrupted":
+        raise SystemExit(EXIT_TERMINATED)
+
+
+def run(command: Callable[[], None]) -> int:
+    """Run a whole command line; its exit code."""
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        command()
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else (0 if ended.code is None else EXIT_FAILED)
+    except ConfigError as error:
+        return _say(error, EXIT_USAGE)
+    except UlmError as error:
+        return _say(error, EXIT_FAILED)
+    except KeyboardInterrupt:
+        err.print("[yellow]interrupted[/]; nothing half-written is left")
+        return EXIT_INTERRUPTED
+    except Terminated:
+        finish({"status": "interrupted"})
+        return EXIT_TERMINATED
+    except BrokenPipeError:
+        return EXIT_FAILED
+    return 0
+
+
+def _say(error: UlmError, code: int) -> int:
+    err.print("[bold red]error[/]", end=" ")
+    err.print(str(error), markup=False, soft_wrap=True)
+    return code
+
+
+class Bars:
+    """Progress bars by name, made when first told of. Without a terminal each bar is a line at its end."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[str, Any] = {}
+
+    def update(self, name: str, done: int, total: int | None, note: str = "") -> None:
+        """Move a bar."""
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=total, note="")
+        self._progress.update(self._tasks[name], completed=done, total=total, note=note)
+
+    def step(self, run: str, step: int, num_steps: int, figures: dict[str, Any]) -> None:
+        """Move a training run's bar, with its loss and speed."""
+        note = ""
+        if figures.get("loss") is not None:
+            note = f"loss {figures['loss']:.3f}  {figures.get('tokens_per_second', 0):,.0f} tokens/s"
+        self.update(run, step, num_steps, note)
+
+
+@contextmanager
+def bars() -> Iterator[Bars]:
+    """Progress bars on stderr for the time of the block."""
+    columns = (
+        TextColumn("{task.description:<16}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", style="dim"),
+    )
+    with Progress(*columns, console=err, redirect_stdout=False, redirect_stderr=False) as progress:
+        yield Bars(progress)

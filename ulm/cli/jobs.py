@@ -1,0 +1,116 @@
+"""`ulm submit` and `ulm runs …`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ulm import runtime
+from ulm.cli import console
+from ulm.cli.options import Overrides, Recipe
+from ulm.errors import ClusterError, ConfigError, did_you_mean
+from ulm.recipes import load_recipe
+
+MODULES = {
+    "corpus build": "pipelines.corpus.job",
+    "tokenizer train": "pipelines.tokenizer_job",
+    "train": "pipelines.train.job",
+    "swarm train": "pipelines.swarm_job",
+}
+runs = typer.Typer(help="Look at training runs.", no_args_is_help=True)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Hang this file's verbs on the command line."""
+    app.command("submit")(submit)
+    app.add_typer(runs, name="runs")
+
+
+def submit(
+    verb: Annotated[str, typer.Argument(help='"corpus build", "tokenizer train", train, "swarm train"')],
+    recipe: Recipe,
+    overrides: Overrides = [],  # noqa: B006  typer copies it
+    address: Annotated[str | None, typer.Option(help="The cluster's dashboard, e.g. http://head:8265.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the job's log to its end.")] = False,
+) -> None:
+    """Run a job on a cluster: the current folder travels as the working directory.
+
+    Example: ulm submit train train.yaml --address http://192.168.1.10:8265
+    """
+    if verb not in MODULES:
+        raise ConfigError("verb", f"no job {verb!r}", did_you_mean(verb, MODULES))
+    load_recipe(verb, recipe, overrides)  # its mistakes are said here, not on the cluster
+    if recipe.is_absolute() or not recipe.exists():
+        raise ConfigError(str(recipe), "must lie under the current folder, which travels", "a relative path")
+    from ray.job_submission import JobSubmissionClient
+
+    command = ["python", "-m", MODULES[verb], str(recipe)]
+    command += [part for override in overrides for part in ("--set", override)]
+    try:
+        client = JobSubmissionClient(address)
+        job = client.submit_job(
+            entrypoint=shlex.join(command),
+            runtime_env={"working_dir": ".", "excludes": [".venv", ".venv-peers", ".git"]},
+            metadata={"name": f"ulm {verb} {recipe.stem}"},
+        )
+        if wait:
+            _follow(client, job)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(f"the job was not accepted: {error}") from None
+    console.finish({"job": job, "status": client.get_job_status(job).value})
+
+
+def _follow(client: Any, job: str) -> None:
+    import time
+
+    shown = 0
+    while True:
+        status = client.get_job_status(job)
+        log = client.get_job_logs(job)
+        console.err.print(log[shown:], end="", markup=False)
+        shown = len(log)
+        if status.is_terminal():
+            if status.value != "SUCCEEDED":
+                raise ClusterError(f"the job {job} ended as {status.value}: {client.get_job_info(job).message}")
+            return
+        time.sleep(0.5)
+
+
+@runs.command("list")
+def list_() -> None:
+    """All training runs under this root, with their last step."""
+    folder = runtime.root() / "runs"
+    found = [_summary(path) for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
+    for run in found:
+        loss = f"{run['loss']:.4f}" if run["loss"] is not None else "-"
+        console.err.print(f"{run['run']:<28} step {run['step']:>8}  loss {loss}")
+    console.finish({"runs": found})
+
+
+@runs.command("show")
+def show(run: Annotated[str, typer.Argument(help="A run's name.", show_default=False)]) -> None:
+    """A run's recipe, checkpoints and last figures."""
+    folder = runtime.root() / "runs" / run
+    if not folder.is_dir():
+        known = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise ConfigError("run", f"no run {run!r}", did_you_mean(run, known) if known else "there are none yet")
+    checkpoints = sorted(p.name for p in folder.glob("step-*") if (p / "manifest.json").is_file())
+    recipe = folder / "recipe.yaml"
+    text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
+    console.finish({**_summary(folder), "checkpoints": checkpoints, "recipe": text})
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    last: dict[str, Any] = {}
+    metrics = folder / "metrics.jsonl"
+    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []:
+        try:
+            last.update(json.loads(line))
+        except ValueError:
+            break  # a line being written
+    figures = ("step", "loss", "bits_per_byte", "tokens_per_second")
+    return {"run": folder.name, **{name: last.get(name) for name in figures}}

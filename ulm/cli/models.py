@@ -1,0 +1,122 @@
+"""`ulm generate`, `ulm show`, `ulm export`: one model at a time, without Ray."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ulm import runtime
+from ulm.cli import console
+
+Checkpoint = Annotated[
+    str, typer.Argument(help="A step directory, a run, or a name under models/.", show_default=False)
+]
+
+
+class ExportFormat(StrEnum):
+    """What a checkpoint can become."""
+
+    hf = "hf"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Hang this file's verbs on the command line."""
+    for verb in (generate, show, export):
+        app.command(verb.__name__)(verb)
+
+
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1)] = None,
+    top_p: Annotated[float, typer.Option(min=0.001, max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
+    stop: Annotated[list[str], typer.Option(help="End before this text; may be repeated.")] = [],  # noqa: B006
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")] = None,
+) -> None:
+    """Continue a prompt with one model, by the plain generator that the engines are held to.
+
+    Example: ulm generate demo-e00 "def main(" --max-tokens 40
+    """
+    from ulm.checkpoints import store
+    from ulm.models.generate import generate as run
+
+    path = store.resolve(checkpoint, root=runtime.root(), near=Path.cwd())
+    model, tokenizer = store.load(path, runtime.device(device))
+    result = run(
+        model.eval(),
+        tokenizer,
+        prompt,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop,
+    )
+    console.err.print(f"[dim]{prompt}[/dim]", end="", markup=True)
+    console.err.print(result.text, markup=False)
+    console.finish({"text": result.text, "tokens": result.tokens, "logprobs": result.logprobs})
+
+
+def show(
+    spec: Annotated[str, typer.Argument(help="A size (nano … base), a preset/size, a YAML file, or a checkpoint.")],
+) -> None:
+    """A model's spec and what it costs: parameters, FLOPs per token, bytes.
+
+    Example: ulm show nano
+    """
+    import torch
+
+    from ulm.checkpoints import store
+    from ulm.models.account import num_parameters, train_flops_per_token
+    from ulm.models.decoder import build
+    from ulm.spec import ModelSpec, preset_sizes
+
+    preset, _, size = spec.partition("/")
+    if spec.endswith((".yaml", ".yml")):
+        chosen = ModelSpec.from_yaml(spec)
+    elif size and preset in preset_sizes() and not Path(spec).exists():
+        chosen = ModelSpec.parse({"preset": preset, "size": size})
+    elif any(spec in p["sizes"] for p in preset_sizes().values()):
+        chosen = ModelSpec.preset(spec)
+    else:
+        chosen = store.read_spec(store.resolve(spec, root=runtime.root(), near=Path.cwd(), place="spec"))
+    with torch.device("meta"):
+        model = build(chosen)
+    parameters = num_parameters(model)
+    flops = train_flops_per_token(model, chosen.context_tokens)
+    heads = getattr(chosen.attention, "num_kv_heads", 0)
+    cache_bytes = 2 * chosen.num_layers * heads * chosen.head_dim * 2
+    console.err.print(f"{parameters / 1e6:.2f}M parameters, {parameters * 2 / 1e6:.1f} MB in bfloat16")
+    console.err.print(f"{flops / 1e6:.1f} MFLOP to train a token, {cache_bytes:,} bytes of KV cache a token (bfloat16)")
+    console.finish(
+        {
+            "spec": chosen.model_dump(),
+            "parameters": parameters,
+            "train_flops_per_token": flops,
+            "kv_cache_bytes_per_token": cache_bytes,
+        }
+    )
+
+
+def export(
+    checkpoint: Checkpoint,
+    folder: Annotated[Path, typer.Argument(help="A folder to make.", show_default=False)],
+    to: Annotated[ExportFormat, typer.Option(help="hf: a stock Hugging Face folder.")] = ExportFormat.hf,
+) -> None:
+    """Write a checkpoint as a folder that transformers and vLLM open unchanged.
+
+    Example: ulm export demo-e00 ./demo-e00-hf --to hf
+    """
+    from ulm.checkpoints import store
+    from ulm.checkpoints.export import export_hf
+
+    model, tokenizer = store.load(store.resolve(checkpoint, root=runtime.root(), near=Path.cwd()))
+    export_hf(model, tokenizer, folder)
+    console.finish({"folder": str(folder.absolute()), "format": to.value})

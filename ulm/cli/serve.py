@@ -1,0 +1,130 @@
+"""`ulm serve up|down|status`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from ulm import runtime
+from ulm.cli import cluster, console
+from ulm.cli.options import Address, Overrides, Recipe
+from ulm.errors import ClusterError
+from ulm.recipes import ServeRecipe, load_recipe
+
+DOWN_TIMEOUT_S = 60.0
+UP_TIMEOUT_S = 600.0
+
+serve = typer.Typer(help="Serve a swarm, or single models, behind one OpenAI-compatible endpoint.", no_args_is_help=True)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Hang this file's verbs on the command line."""
+    app.add_typer(serve, name="serve")
+
+
+@serve.command("up")
+def up(
+    recipe: Recipe,
+    overrides: Overrides = [],  # noqa: B006  typer copies it
+    address: Address = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Return once the endpoint answers; end it with down.")] = False,
+) -> None:
+    """Serve until Ctrl-C. Prints {"url", "models", "pid"} once every model answers.
+
+    Example: ulm serve up serve.yaml --set port=8001
+    """
+    loaded = cast(ServeRecipe, load_recipe("serve up", recipe, overrides))
+    root = runtime.root()
+    if (state := cluster.running(root)) is not None:
+        raise ClusterError(f"already serving at {state['url']} (pid {state['pid']}); end it with `ulm serve down`")
+    if detach:
+        console.finish(_detached(root, recipe, overrides, address))
+        return
+    from serve import app as serve_app
+    from serve.plan import make_plan
+
+    make_plan(loaded, root=root, near=recipe.parent)  # what is wrong with it is said before Ray starts
+    serve_app.check_port(loaded.host, loaded.port)
+    with cluster.session(root, address, dashboard=True) as ray_address:
+        try:
+            with console.err.status("starting the engines"):
+                started = serve_app.up(loaded, root=root, near=recipe.parent)
+            state = {**started, "pid": os.getpid()}
+            cluster.remember(root, {**state, "ray_address": ray_address, "name": loaded.name})
+            console.err.print(f"serving {', '.join(started['models'])} at [bold]{started['url']}[/]; Ctrl-C ends it")
+            console.finish(state)
+            _wait()
+        finally:
+            cluster.forget(root)
+            serve_app.down()
+
+
+def _wait() -> None:
+    """Until SIGINT or SIGTERM, which end a foreground server without an error."""
+    try:
+        while True:
+            signal.pause()
+    except (KeyboardInterrupt, console.Terminated):
+        console.err.print("ending")
+
+
+def _detached(root: Path, recipe: Path, overrides: list[str], address: str | None) -> dict[str, Any]:
+    """Start `serve up` in a session of its own; its state once it answers."""
+    log = root / "serve.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "ulm.cli.main", "serve", "up", str(recipe.absolute())]
+    command += [part for override in overrides for part in ("--set", override)]
+    command += ["--address", address] if address else []
+    with log.open("wb") as output:
+        child = subprocess.Popen(  # noqa: S603  our own command line
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+    deadline_s = time.monotonic() + UP_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        state = cluster.running(root)
+        if state is not None and state["pid"] == child.pid:
+            return {key: state[key] for key in ("url", "models", "pid")}
+        if child.poll() is not None:
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
+            raise ClusterError(f"the endpoint did not start; {log} ends with:\n{tail}")
+        time.sleep(0.2)
+    child.terminate()
+    raise ClusterError(f"the endpoint was not ready within {UP_TIMEOUT_S:.0f} s; see {log}")
+
+
+@serve.command("down")
+def down() -> None:
+    """End this root's endpoint."""
+    state = cluster.running(runtime.root())
+    if state is None:
+        console.finish({"status": "not running"})
+        return
+    os.kill(int(state["pid"]), signal.SIGTERM)
+    deadline_s = time.monotonic() + DOWN_TIMEOUT_S
+    while _alive(int(state["pid"])):
+        if time.monotonic() > deadline_s:
+            raise ClusterError(f"process {state['pid']} did not end within {DOWN_TIMEOUT_S:.0f} s")
+        time.sleep(0.1)
+    console.finish({"status": "ended", "url": state["url"]})
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process still runs; one that has ended and waits for its parent does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@serve.command("status")
+def status() -> None:
+    """Where this root's endpoint is and what it serves."""
+    state = cluster.running(runtime.root())
+    console.finish({"status": "running", **state} if state else {"status": "not running"})

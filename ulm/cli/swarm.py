@@ -1,0 +1,70 @@
+"""`ulm swarm …`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, cast
+
+import typer
+from rich.table import Table
+
+from ulm import runtime
+from ulm.cli import console
+from ulm.cli.cluster import session
+from ulm.cli.options import Address, Overrides, Recipe
+from ulm.recipes import SwarmRecipe, load_recipe
+
+swarm = typer.Typer(help="Train swarms and show them.", no_args_is_help=True)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Hang this file's verbs on the command line."""
+    app.add_typer(swarm, name="swarm")
+
+
+@swarm.command("train")
+def train(recipe: Recipe, overrides: Overrides = [], address: Address = None) -> None:  # noqa: B006  typer copies it
+    """Cluster a corpus, train a seed, one expert per cluster and the dense control, and compare them.
+
+    Running it again resumes. Example: ulm swarm train swarm.yaml --set experts=8
+    """
+    loaded = cast(SwarmRecipe, load_recipe("swarm train", recipe, overrides))
+    root = runtime.root()
+    from pipelines import swarm_job
+
+    with session(root, address), console.bars() as bars:
+        result = swarm_job.train_swarm(loaded, root=root, near=recipe.parent, on_progress=bars.step)
+    if "bits_per_byte" in result:
+        console.err.print(comparison(result["bits_per_byte"]))
+    console.finish_job(result)
+
+
+@swarm.command("show")
+def show(name: Annotated[str, typer.Argument(help="A name, a digest or a path.", show_default=False)]) -> None:
+    """A swarm's manifest: members, router, strategy, what they were made from."""
+    from ulm.swarm.manifest import Swarm
+
+    found = Swarm.open(name, root=runtime.root(), verify=False)
+    console.finish({"swarm": str(found.folder), **found.manifest.model_dump()})
+
+
+def comparison(bits_per_byte: dict[str, dict[str, float | None]]) -> Table:
+    """The table of bits per byte by domain; the best of a row stands out."""
+    columns = list(dict.fromkeys(key for row in bits_per_byte.values() for key in row))
+    table = Table(title="bits per byte on held-out text (lower is better)", title_justify="left")
+    table.add_column("domain")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for domain, row in bits_per_byte.items():
+        best = min((v for v in row.values() if v is not None), default=None)
+        table.add_row(domain, *(_cell(row.get(column), best) for column in columns))
+    means: dict[str, Any] = {c: [r[c] for r in bits_per_byte.values() if r.get(c) is not None] for c in columns}
+    mean = {c: sum(v) / len(v) for c, v in means.items() if v}
+    table.add_section()
+    table.add_row("macro mean", *(_cell(mean.get(c), min(mean.values(), default=None)) for c in columns))
+    return table
+
+
+def _cell(value: float | None, best: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"[bold]{value:.3f}[/]" if value == best else f"{value:.3f}"

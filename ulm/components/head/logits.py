@@ -1,0 +1,27 @@
+"""From the last layer to one score per token of the vocabulary."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ulm.components.contracts import ModelDims
+from ulm.registry import KindConfig, register
+
+
+class Config(KindConfig):
+    """Nothing to vary."""
+
+
+@register("head", Config)
+class LogitsHead(nn.Module):
+    """logits = x W^T, cut to the vocabulary. With `tied` the matrix is the embedding table."""
+
+    def __init__(self, config: Config, dims: ModelDims, tied: nn.Parameter | None) -> None:
+        super().__init__()
+        self.vocab_size = dims.vocab_size
+        self.weight = tied if tied is not None else nn.Parameter(torch.empty(-(-dims.vocab_size // 64) * 64, dims.d_model))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Scores, as logits_BTV."""
+        return nn.functional.linear(x_BTD, self.weight[: self.vocab_size])

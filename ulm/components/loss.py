@@ -1,0 +1,72 @@
+"""Cross-entropy of hidden states, without ever holding the logits of a whole batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+NO_TARGET = -100  # a slot that is padding: no loss, no gradient; torch's own ignore_index
+# Logits held at once, in elements. On 2 CPU cores 2M (8 MB) is fastest for nano at V = 4,096 and 8,192; a GPU wants larger products.
+CPU_CHUNK = 2**21
+GPU_CHUNK = 2**26
+
+
+def summed_nats(x_BTD: Tensor, targets_BT: Tensor, head: nn.Module, vocab_size: int) -> Tensor:
+    """Sum over all targets of -log p(target), in float32; NO_TARGET slots count nothing.
+
+    The caller divides by the targets of the global batch. Gradients of x and of the head are made chunk by chunk
+    in the forward pass, so that logits are made once: on 2 CPU cores 1.5 times as fast as logits of the whole batch.
+    """
+    x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
+    chunk_tokens = max(64, (GPU_CHUNK if x_ND.is_cuda else CPU_CHUNK) // vocab_size)
+    if not torch.is_grad_enabled():
+        return torch.stack([_nats(head, x, y).sum() for x, y in _chunks(x_ND, targets_N, chunk_tokens)]).sum()
+    total: Tensor = _ChunkedNats.apply(x_ND, targets_N, head, chunk_tokens, *head.parameters())
+    return total
+
+
+@torch.no_grad()
+def nats_per_target(x_BTD: Tensor, targets_BT: Tensor, head: nn.Module, vocab_size: int) -> Tensor:
+    """-log p(target) of each slot, as nats_BT in float32; 0 where there is no target."""
+    chunk_tokens = max(64, (GPU_CHUNK if x_BTD.is_cuda else CPU_CHUNK) // vocab_size)
+    chunks = _chunks(x_BTD.flatten(0, 1), targets_BT.flatten(), chunk_tokens)
+    return torch.cat([_nats(head, x, y) for x, y in chunks]).view_as(targets_BT)
+
+
+def _nats(head: nn.Module, x_ND: Tensor, targets_N: Tensor) -> Tensor:
+    return cross_entropy(head(x_ND).float(), targets_N, reduction="none", ignore_index=NO_TARGET)
+
+
+def _chunks(x_ND: Tensor, targets_N: Tensor, size: int) -> zip[tuple[Tensor, Tensor]]:
+    return zip(x_ND.split(size), targets_N.split(size), strict=True)
+
+
+class _ChunkedNats(torch.autograd.Function):
+    """Forward makes loss and gradients of each chunk at once; backward only scales them."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x_ND: Tensor, targets_N: Tensor, head: nn.Module, chunk_tokens: int, *weights: Tensor
+    ) -> Tensor:
+        grad_ND = torch.empty_like(x_ND)
+        grads = [torch.zeros_like(w) for w in weights]
+        total = torch.zeros((), device=x_ND.device)
+        with torch.enable_grad():
+            for start in range(0, len(x_ND), chunk_tokens):
+                x = x_ND[start : start + chunk_tokens].detach().requires_grad_()
+                nats = _nats(head, x, targets_N[start : start + chunk_tokens]).sum()
+                of_x, *of_weights = torch.autograd.grad(nats, (x, *weights))
+                grad_ND[start : start + chunk_tokens] = of_x
+                for grad, part in zip(grads, of_weights, strict=True):
+                    grad += part
+                total += nats.detach()
+        ctx.save_for_backward(grad_ND, *grads)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_ND, *grads = ctx.saved_tensors
+        return (grad_ND * scale, None, None, None, *(grad * scale for grad in grads))

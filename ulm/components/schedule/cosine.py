@@ -1,0 +1,31 @@
+"""Warm-up, then half a cosine down to a share of the peak."""
+
+from __future__ import annotations
+
+import math
+
+from pydantic import Field
+
+from ulm.registry import KindConfig, register
+
+
+class Config(KindConfig):
+    """Shares are of all steps (warm-up) and of the peak rate (final)."""
+
+    warmup_steps: int | None = Field(None, ge=0)  # None: 2 % of the steps, 10 to 1,000
+    final_share: float = Field(0.1, ge=0, le=1)
+
+
+@register("schedule", Config)
+class Cosine:
+    """final + (1 - final) (1 + cos(pi t)) / 2 after the warm-up: arXiv 1608.03983, equation 5."""
+
+    @staticmethod
+    def share(config: Config, step: int, num_steps: int) -> float:
+        """Rate at `step` (from 0) of `num_steps`, as a share of the peak."""
+        warmup = config.warmup_steps if config.warmup_steps is not None else min(1000, max(10, num_steps // 50))
+        warmup = min(warmup, num_steps)
+        if step < warmup:
+            return (step + 1) / warmup
+        done = (step - warmup) / max(1, num_steps - warmup)
+        return config.final_share + (1 - config.final_share) * (1 + math.cos(math.pi * done)) / 2

@@ -1,0 +1,43 @@
+"""Every metric of the project, declared once: name, kind, tags, help. The edges make them for Ray to export.
+
+On a node's metrics port Ray prefixes each name with `ray_`; the gateway's /metrics gathers them from all nodes. Ray
+ends a counter's exported name in `_total` by itself, so an edge hands it the name without that ending.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric as it is queried. `buckets` are upper bounds, of a histogram."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    tags: tuple[str, ...]
+    help: str
+    buckets: tuple[float, ...] = ()
+
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+_TABLE = (
+    # training; `model` is d_model x layers
+    Metric("ulm_train_tokens_total", "counter", ("run", "model"), "Targets trained on."),
+    Metric("ulm_train_tokens_per_second", "gauge", ("run", "model"), "Targets per second, newest step, all workers."),
+    Metric("ulm_train_loss", "gauge", ("run", "model"), "Nats per target of the newest step."),
+    Metric("ulm_train_bits_per_byte", "gauge", ("run", "model"), "Of held-out text, at the newest evaluation."),
+    # serving; `outcome` is ok, the error's code, or cancelled
+    Metric("ulm_requests_total", "counter", ("model", "strategy", "outcome"), "Requests that ended."),
+    Metric("ulm_request_seconds", "histogram", ("model", "strategy"), "Arrival to last byte.", _SECONDS),
+    Metric("ulm_ttft_seconds", "histogram", ("model", "strategy"), "Arrival to first token.", _SECONDS),
+    Metric("ulm_tokens_total", "counter", ("model", "kind"), "Tokens served; kind is prompt or generated."),
+    Metric("ulm_generated_tokens_per_second", "gauge", ("model",), "Tokens generated per second, lately."),
+    Metric("ulm_member_weight", "gauge", ("member",), "Share of a member in the newest answer, 0 to 1."),
+    # every process; `role` is trainer, engine, gateway …
+    Metric("ulm_memory_resident_bytes", "gauge", ("role",), "Resident memory of a process."),
+    Metric("ulm_memory_gpu_bytes", "gauge", ("role",), "GPU memory allocated by a process."),
+)
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}

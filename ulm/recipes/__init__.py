@@ -1,0 +1,24 @@
+"""The recipe types of all jobs, by verb, and their loader."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ulm.recipes.base import Recipe, load
+from ulm.recipes.corpus import CorpusRecipe, TokenizerRecipe
+from ulm.recipes.serve import ServeRecipe
+from ulm.recipes.train import SwarmRecipe, TrainRecipe
+
+RECIPES: dict[str, type[Recipe]] = {
+    "corpus build": CorpusRecipe,
+    "tokenizer train": TokenizerRecipe,
+    "train": TrainRecipe,
+    "swarm train": SwarmRecipe,
+    "serve up": ServeRecipe,
+}
+
+
+def load_recipe(verb: str, path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a verb."""
+    return load(RECIPES[verb], path, overrides)

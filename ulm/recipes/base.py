@@ -1,0 +1,90 @@
+"""The root of all recipe types, and the loader: YAML file + overrides -> a validated, frozen recipe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+
+from ulm.errors import ConfigError
+from ulm.registry import config_error
+
+ID_PATTERN = r"[a-z0-9][a-z0-9._-]*"
+Name = Annotated[str, StringConstraints(pattern=rf"^{ID_PATTERN}$", max_length=120)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and strict about unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Recipe(Section):
+    """A whole recipe. `name` (else the file's stem) names what the job makes."""
+
+    name: Name
+
+
+R = TypeVar("R", bound=Recipe)
+
+
+def load(recipe: type[R], path: Path | None, overrides: Sequence[str] = ()) -> R:
+    """A recipe from a YAML file, with `a.b=value` overrides (values are YAML). Every mistake is a ConfigError."""
+    fields: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(str(path), "no such recipe", "the path of a YAML file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(str(path), f"not readable: {error}") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(str(path), f"not YAML: {error}".replace("\n", " ")) from None
+        if not isinstance(loaded, dict):
+            raise ConfigError(str(path), "a recipe is a mapping of keys to values")
+        fields = loaded
+        fields.setdefault("name", re.sub(r"[^a-z0-9._-]+", "-", path.stem.lower()).strip("-._") or "recipe")
+    for override in overrides:
+        _set(fields, override)
+    return validate(recipe, fields)
+
+
+def validate(recipe: type[R], fields: dict[str, Any]) -> R:
+    """A recipe from plain values, as a program or a job's payload has them."""
+    try:
+        return recipe(**fields)
+    except ValidationError as error:
+        raise config_error(error, recipe) from None
+    except TypeError as error:  # a key that is no string
+        raise ConfigError("recipe", str(error)) from None
+
+
+def _set(fields: dict[str, Any], override: str) -> None:
+    place, equals, text = override.partition("=")
+    keys = place.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {override}", "is not a.b=value", "for example --set train.steps=30")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {place}", f"{text!r} is not a YAML value: {error}".replace("\n", " ")) from None
+    inner = fields
+    for key in keys[:-1]:
+        following = inner.setdefault(key, {})
+        if not isinstance(following, dict):
+            following = inner[key] = {}
+        inner = following
+    inner[keys[-1]] = value
+
+
+def resolve_path(text: str, *, near: Path | None, root: Path) -> Path:
+    """A path in a recipe: relative to the recipe, then looked up in the root."""
+    path = Path(text).expanduser()
+    if path.is_absolute():
+        return path
+    candidates = ([near / path] if near else [Path.cwd() / path]) + [root / path]
+    return next((c for c in candidates if c.exists()), candidates[0])

@@ -1,0 +1,98 @@
+"""The router: which experts a text calls for, from the clustering that split the training text.
+
+w_j = softmax_j(-||h - c_j||^2 / T), h the text's embedding, c_j the centroids (c-BTM, arXiv 2303.14177, section 3.2).
+Shape letters: N experts, V words of the vocabulary, D dimensions of the embedding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from ulm import artefacts
+from ulm.errors import ArtefactError
+from ulm.swarm.embed import Embedder
+
+FILES = ("router.json", "router.safetensors")
+
+
+class Router:
+    """Weights of N experts for a text. `ids` are the experts' member ids, in the order of the weights."""
+
+    def __init__(
+        self,
+        ids: Sequence[str],
+        embedder: Embedder,
+        centroids_ND: NDArray[np.float32],
+        shares_N: NDArray[np.float64],
+        temperature: float,
+        digest: str = "",
+    ) -> None:
+        self.ids, self.embedder, self.temperature = tuple(ids), embedder, temperature
+        self.centroids_ND = np.asarray(centroids_ND, dtype=np.float64)
+        self.shares_N = np.asarray(shares_N, dtype=np.float64)
+        self.digest = digest  # over the stored files; "" for a router that was not loaded
+
+    def weights(self, text: str) -> NDArray[np.float64]:
+        """Weights w_N that sum to 1; the clusters' shares of the training text where `text` has no known word."""
+        h_D = self.embedder(text)
+        if h_D is None:
+            return self.shares_N.copy()
+        score_N = -np.square(h_D - self.centroids_ND).sum(axis=1) / self.temperature
+        weight_N = np.exp(score_N - score_N.max())
+        return np.asarray(weight_N / weight_N.sum())
+
+    def write(self, folder: Path) -> None:
+        """The files of FILES, into a folder that an artefact is being made in."""
+        vocabulary = sorted(self.embedder.vocabulary, key=self.embedder.vocabulary.__getitem__)
+        fields = {
+            "format_version": artefacts.FORMAT_VERSION,
+            "ids": self.ids,
+            "temperature": self.temperature,
+            "shares": self.shares_N.tolist(),
+            "vocabulary": vocabulary,
+            "idf": self.embedder.idf_V.tolist(),
+        }
+        (folder / FILES[0]).write_text(json.dumps(fields, ensure_ascii=False), encoding="utf-8")
+        arrays = {"components": self.embedder.components_VD, "centroids": self.centroids_ND.astype(np.float32)}
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / FILES[1])
+
+    @classmethod
+    def load(cls, folder: Path) -> Router:
+        """The router of a clustering, every byte checked against its manifest; ArtefactError where one differs."""
+        files = artefacts.read_manifest(folder, "clustering").get("files", {})
+        stored = {name: files.get(name, "") for name in FILES}
+        artefacts.verify_files(folder, stored)
+        try:
+            fields = json.loads((folder / FILES[0]).read_text(encoding="utf-8"))
+            arrays = load_file(folder / FILES[1])
+            if fields["format_version"] != artefacts.FORMAT_VERSION:
+                raise ArtefactError(f"{folder / FILES[0]}: format_version is {fields['format_version']}")
+            embedder = Embedder(
+                {word: row for row, word in enumerate(fields["vocabulary"])},
+                np.array(fields["idf"], dtype=np.float64),
+                arrays["components"],
+            )
+            shares_N = np.array(fields["shares"], dtype=np.float64)
+            digest = artefacts.digest_json(stored)
+            return cls(fields["ids"], embedder, arrays["centroids"], shares_N, float(fields["temperature"]), digest)
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ArtefactError(f"{folder}: not a readable router: {error!r}") from None
+
+
+def top_k(weight_N: NDArray[np.float64], k: int) -> NDArray[np.float64]:
+    """The k largest weights made to sum to 1, all others exactly 0; of equal ones the first is kept.
+
+    With leading dimensions (weight_TN) each row for itself.
+    """
+    kept = np.argsort(-weight_N, axis=-1, kind="stable")[..., :k]
+    largest = np.take_along_axis(weight_N, kept, axis=-1)
+    result_N = np.zeros_like(weight_N)
+    np.put_along_axis(result_N, kept, largest / largest.sum(axis=-1, keepdims=True), axis=-1)
+    return result_N
