@@ -52,9 +52,13 @@ class Plan:
     clusters: Clusters
     random_clusters: Clusters | None
     seed: TrainTask
-    experts: dict[str, TrainTask]  # by member id; init_from is filled in when the seed is there
+    experts: dict[str, TrainTask]  # by member id
     dense: TrainTask | None
     random: dict[str, TrainTask]  # experts of the random control
+
+    def tasks(self) -> list[TrainTask]:
+        """All runs, the seed first."""
+        return [self.seed, *([self.dense] if self.dense else []), *self.experts.values(), *self.random.values()]
 
 
 def plan_swarm(recipe: SwarmRecipe, *, root: Path, near: Path | None = None) -> Plan:
@@ -118,88 +122,43 @@ def train_swarm(
     report("clusters", 0, 1, {})
     plan = plan_swarm(recipe, root=root, near=near)
     report("clusters", 1, 1, {})
-    with _stop_on_signal() as stop:
-        first = _side_by_side([plan.seed], recipe, stop, report)
-        if first is None:
-            return _interrupted(recipe)
-        seed = first[plan.seed.run]
-        # Longest first, so that the machine is not left with one long run at the end.
-        tasks = [*([plan.dense] if plan.dense else []), *plan.experts.values(), *plan.random.values()]
-        others = _side_by_side([replace(task, init_from=seed) for task in tasks], recipe, stop, report)
-        if others is None:
-            return _interrupted(recipe)
-    swarm = _write(recipe, plan, first | others, root)
+    tasks = plan.tasks()
+    for task in tasks:
+        folder.check(task)
+        folder.write_recipe(task, recipe)
+    stages = [Stage((plan.seed,)), Stage(tuple(tasks[1:]), side_by_side=recipe.train.workers == 1)]
+    workers, resources = _room(recipe, plan)
+    with job.stopping([task.folder for task in tasks]):
+        lines = job.run_stages(stages, name=recipe.name, workers=workers, resources=resources, on_progress=report)
+    if any(line.get("status") == "interrupted" for line in lines):
+        return {"status": "interrupted", "runs": [line["run"] for line in lines if line["checkpoint"]]}
+    swarm = _write(recipe, plan, {line["run"]: Path(line["checkpoint"]) for line in lines}, root)
     return _summary(recipe, plan, swarm, _evaluated(swarm, plan.corpus, recipe.evaluation, report))
 
 
-def _interrupted(recipe: SwarmRecipe) -> dict[str, Any]:
-    return {"status": "interrupted", "runs": f"{recipe.name}-*"}
+def _room(recipe: SwarmRecipe, plan: Plan) -> tuple[int, Resources]:
+    """Workers for the whole job and what each is given. The seed is trained by all of them, then each takes runs alone.
 
-
-@contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, where this is the main thread; the old handlers come back."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _side_by_side(
-    tasks: Sequence[TrainTask], recipe: SwarmRecipe, stop: threading.Event, on_progress: OnProgress
-) -> dict[str, Path] | None:
-    """The runs' last checkpoints by run, as many runs at once as there is room for; None when one was stopped.
-
-    Each is driven by a thread of this process: its workers and controller are Ray's. The first error stops the others,
-    which save, and is raised. `stop` stops all.
+    With `train.workers` above 1 every run has all of these workers, one run after another.
     """
-    at_once, resources = _room(recipe, len(tasks))
-    lock = threading.Lock()  # callers draw progress; two threads must not draw at once
-
-    def run(task: TrainTask) -> dict[str, Any]:
-        def report(step: int, num_steps: int, figures: dict[str, Any]) -> None:
-            with lock:
-                on_progress(task.run, step, num_steps, figures)
-
-        return job.run_task(task, workers=recipe.train.workers, resources=resources, recipe=recipe, on_progress=report)
-
-    with ThreadPoolExecutor(at_once, thread_name_prefix="ulm-run") as pool:
-        futures: dict[Future[dict[str, Any]], TrainTask] = {pool.submit(run, task): task for task in tasks}
-        left = set(futures)
-        failed = False
-        while left:
-            done, left = wait(left, timeout=POLL_S, return_when=FIRST_COMPLETED)
-            failed = failed or any(not f.cancelled() and f.exception() for f in done)
-            if failed or stop.is_set():
-                for future in left:
-                    if not future.cancel():  # again each time round: a run that only just starts clears old requests
-                        job.request_stop(futures[future].folder)
-    results = [future.result() for future in futures if not future.cancelled()]
-    if len(results) < len(tasks) or any(result.get("status") == "interrupted" for result in results):
-        return None
-    return {result["run"]: Path(result["checkpoint"]) for result in results}
-
-
-def _room(recipe: SwarmRecipe, num_runs: int) -> tuple[int, Resources]:
-    """How many runs go side by side, and what each worker is given."""
     have = ray.cluster_resources()
     cpus, gpus = have.get("CPU", 1.0), have.get("GPU", 0.0)
-    workers, given = recipe.train.workers, recipe.resources
-    gpus_per_worker = given.gpus_per_worker
+    given, gpus_per_worker = recipe.resources, recipe.resources.gpus_per_worker
     if gpus_per_worker is None:
-        gpus_per_worker = 1.0 if gpus >= workers else 0.0
-    fit = cpus / ((given.cpus_per_worker or 1.0) * workers)
-    if gpus_per_worker:
-        fit = min(fit, gpus / (gpus_per_worker * workers))
-    at_once = max(1, min(num_runs, recipe.parallel or int(fit)))
-    cpus_per_worker = given.cpus_per_worker or max(1.0, float(cpus // (at_once * workers)))
-    return at_once, Resources(cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker)
+        gpus_per_worker = 1.0 if gpus >= 1 else 0.0
+    workers = recipe.train.workers
+    if workers == 1:
+        steps = [task.num_steps for task in plan.tasks()[1:]]
+        fit = cpus / (given.cpus_per_worker or 1.0)
+        if gpus_per_worker:
+            fit = min(fit, gpus / gpus_per_worker)
+        else:  # more lanes than this end no sooner than the longest run, and each would have fewer threads
+            fit = min(fit, -(-sum(steps) // max(steps)))
+        workers = max(1, min(len(steps), recipe.parallel or int(fit)))
+        while plan.seed.rows_per_batch % workers:  # the seed's batches are shared equally
+            workers -= 1
+    cpus_per_worker = given.cpus_per_worker or max(1.0, float(cpus // workers))
+    return workers, Resources(cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker)
 
 
 def _write(recipe: SwarmRecipe, plan: Plan, checkpoints: dict[str, Path], root: Path) -> Swarm:

@@ -142,12 +142,12 @@ def names(folder: Path) -> dict[str, Path]:
 def find(text: str, *, folder: Path, names_in: Path, what: str, place: str, near: Path | None = None) -> Path:
     """An artefact given as a path (absolute, relative to `near`, or to the root), a name, a digest or its beginning."""
     root = folder.parent
+    pointer = names_in / text
+    if "/" not in text and pointer.is_file():  # before paths: a folder that happens to have the name hides nothing
+        return follow(pointer)
     for candidate in ([near / text] if near else []) + [Path(text).expanduser(), root / text]:
         if candidate.is_dir():
             return candidate.resolve()
-    pointer = names_in / text
-    if "/" not in text and pointer.is_file():
-        return follow(pointer)
     matches = [p for p in folder.glob(f"{text}*") if p.is_dir() and len(p.name) == 64] if len(text) >= 8 else []
     if len(matches) == 1:
         return matches[0]

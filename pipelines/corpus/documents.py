@@ -35,6 +35,7 @@ SCHEMA = pa.schema(
 )
 LEAN = [name for name in SCHEMA.names if name != "text"]
 TABLE_BYTES = 16 << 20  # of text in one table
+CLEAN_REASONS = {"empty", "too_short"}
 MAX_LISTED = 1_000  # dropped files and lines that a manifest names; all are counted
 
 
@@ -126,24 +127,28 @@ def judge(rows: pa.Table, units: list[Unit], names: list[str], clean: Clean, spl
     first_row = np.searchsorted(unit, np.arange(len(units)))
 
     faults = rows.filter(pa.array(faulty))
-    short = [reason.split(":")[0] for reason in faults["reason"].to_pylist()]
-    counts = Counter(short)
+    duplicates = rows.take(np.flatnonzero(document)[~kept])
+    stages = _stages(faults, len(keys), len(duplicates) if clean.duplicate_exact else None)
+    dropped = sum((Counter[str](stage["dropped"]) for stage in stages), Counter[str]())
+    listed = _listed(faults, rows, units, names) + _listed(duplicates, rows, units, names, "duplicate_exact")
+    return Judged(rows, decision, first_row, stages, dropped, listed[:MAX_LISTED])
+
+
+def _stages(faults: pa.Table, num_documents: int, num_duplicates: int | None) -> list[dict[str, Any]]:
+    """Documents in and out of each stage, with the reasons of those between; None: duplicates are kept."""
+    counts = Counter(reason.split(":")[0] for reason in faults["reason"].to_pylist())
+    of_clean = Counter({reason: counts.pop(reason) for reason in CLEAN_REASONS & set(counts)})
+    parts = [("read", counts), ("clean", of_clean)]
+    if num_duplicates is not None:
+        parts.append(("duplicate_exact", Counter({"duplicate_exact": num_duplicates} if num_duplicates else {})))
+    num = num_documents + len(faults)
     stages = []
-    num = len(short) + len(keys)
-    for stage, reasons in (("read", set(counts) - {"empty", "too_short"}), ("clean", {"empty", "too_short"})):
-        gone = {reason: counts[reason] for reason in sorted(reasons) if counts[reason]}
-        stages.append({"stage": stage, "in": num, "out": num - sum(gone.values()), "dropped": gone})
-        num = stages[-1]["out"]
-    num_duplicates = int((~kept).sum())
-    if clean.duplicate_exact:
-        gone = {"duplicate_exact": num_duplicates} if num_duplicates else {}
-        stages.append({"stage": "duplicate_exact", "in": num, "out": num - num_duplicates, "dropped": gone})
-        counts.update(gone)
-    listed = _listed(faults, rows, units, names)
-    room = MAX_LISTED - len(listed)
-    duplicates = rows.take(np.flatnonzero(document)[~kept][:room])
-    listed += _listed(duplicates, rows, units, names, "duplicate_exact")
-    return Judged(rows, decision, first_row, stages, counts, listed)
+    for stage, dropped in parts:
+        stages.append(
+            {"stage": stage, "in": num, "out": num - dropped.total(), "dropped": dict(sorted(dropped.items()))}
+        )
+        num -= dropped.total()
+    return stages
 
 
 def _listed(

@@ -140,7 +140,7 @@ def stopping(run_folders: Sequence[Path]) -> Iterator[None]:
 def _fit(stages: tuple[Stage, ...], name: str, workers: int, resources: Resources) -> None:
     """Run the workers to the end. An error of ours comes out as it was raised on its worker."""
     runs = stages[0].tasks[0].folder.parent
-    # Ray's list of checkpoints: we find the newest ourselves, and Ray refuses to start when one that it lists was pruned.
+    # Ray's list of checkpoints: we find the newest ourselves, and Ray would not start once one on its list is pruned.
     (runs / name / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     runtime.set_variable("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", CONTROLLER_POLL_S)
     cpus, gpus = _share(workers, resources)

@@ -40,7 +40,7 @@ class HeldOut:
 
     @torch.no_grad()
     def score(self, model: Any, device: torch.device, rank: int, world_size: int) -> Tensor:
-        """This worker's sums: nats, targets, nats of text (without <|endoftext|>), bytes of text; add over workers."""
+        """Sums of one worker: nats, targets, nats of text (without <|endoftext|>), bytes of text; add over workers."""
         sums = torch.zeros(4, dtype=torch.float64)
         mine = self.rows[rank::world_size]
         for start in range(0, len(mine), ROWS_AT_ONCE):
@@ -54,7 +54,8 @@ class HeldOut:
         return sums
 
 
-def figures(sums: Tensor) -> tuple[float, float | None]:
+def figures(sums: Tensor) -> dict[str, float | None]:
     """Nats per target and bits per byte from the workers' added sums; None where no byte was scored."""
     nats, targets, text_nats, text_bytes = sums.tolist()
-    return nats / targets, text_nats / (math.log(2) * text_bytes) if text_bytes else None
+    bits_per_byte = text_nats / (math.log(2) * text_bytes) if text_bytes else None
+    return {"val_loss": nats / targets, "bits_per_byte": bits_per_byte}

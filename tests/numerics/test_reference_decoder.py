@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ulm
+from ulm.errors import ContextLengthError
 from ulm.reference.model import decoder
 
 FLOAT64 = {"rtol": 0.0, "atol": 5e-6}  # cosines and sines of the positions are float32 also in a float64 model
@@ -91,3 +92,6 @@ def test_a_cache_holds_the_whole_context_and_its_size_is_what_it_says():
     model.step(tokens_BT[:, :39], cache)
     last = model.step(tokens_BT[:, 39:], cache)
     np.testing.assert_allclose(last[0, 0], model(tokens_BT)[0, 39].detach(), **FLOAT32_ORDER)
+    with pytest.raises(ContextLengthError, match="holds 40 tokens a row, and a row would have 41"):
+        model.step(tokens_BT[:, :1], cache)
+    assert cache.lengths_B.tolist() == [40]

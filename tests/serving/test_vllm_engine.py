@@ -73,7 +73,6 @@ def test_vllm_gives_our_greedy_tokens_from_an_exported_model(tmp_path, tmp_path_
         same = equal_until_a_tie(model, prompt, ours.tokens, theirs)
         ties += not same
         assert not same or text == ours.text
-    print(answers, ties)
     assert ties <= 1, f"{ties} of {len(ids)} answers end at a tie: too many to have compared anything"
 
 

@@ -52,7 +52,7 @@ def newest(run: Path) -> Path | None:
 
 
 def resolve(text: str, *, root: Path, near: Path | None = None, place: str = "checkpoint") -> Path:
-    """The step directory that a recipe or a command means: its path, a run (newest whole step) or a name under models/."""
+    """The step directory that a text means: its path, a run (its newest whole step) or a name under models/."""
     given = Path(text).expanduser()
     candidates = [*([near / given] if near else []), given, root / given, root / "runs" / given]
     for folder in (c for c in candidates if c.is_dir()):
@@ -183,16 +183,18 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
     except SafetensorError as error:  # verified, so another program wrote it
         raise ArtefactError(f"{path}: not a safetensors file: {error}; {REMEDY}") from None
+    return tensors
 
 
 def _flatten(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Optimizer state as tensors named `<parameter>/<key>`, and the rest as JSON values."""
     names = _names(model, optimizer)
     held = optimizer.state_dict()
-    tensors, values = {}, {}
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
     for index, entries in held["state"].items():
         for key, value in entries.items():
             (tensors if isinstance(value, Tensor) else values)[f"{names[index]}/{key}"] = value

@@ -47,7 +47,7 @@ def demo(
     from pipelines.corpus import job as corpus_job
     from serve import app as serve_app
 
-    files = demo_text.write(root / NAME / "text")
+    files = demo_text.write(root / "demo-text")
     port = port or _free_port()
     serve_app.check_port("127.0.0.1", port)
     with session(root, address):

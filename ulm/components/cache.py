@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ulm.components.contracts import Mask
+from ulm.errors import ContextLengthError
 
 
 @dataclass
@@ -82,5 +83,8 @@ class Cache:
         positions_BT = self.lengths_B[:, None] + offsets_T
         positions_BT = torch.where(offsets_T < num_new_B[:, None], positions_BT, self.max_tokens)
         num_known = int((self.lengths_B + num_new_B).max())
+        if num_known > self.max_tokens:  # one too many would be read from the bin, without a word
+            message = f"the cache holds {self.max_tokens} tokens a row, and a row would have {num_known}"
+            raise ContextLengthError(message, code="context_length_exceeded")
         allowed_BTS = torch.arange(num_known) <= positions_BT[:, :, None]
         return positions_BT.to(device), Mask(allowed_BTS.to(device)), num_known

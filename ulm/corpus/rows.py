@@ -63,7 +63,7 @@ class RowPlan:
         pieces = Pieces.cut(chosen, firsts, numbers, context_tokens)
         weights = np.asarray([corpus.weights[s] for s in table["source"].take(chosen).to_pylist()], float)
         weight_of_piece = weights[np.searchsorted(chosen, pieces.documents)]
-        key = _key(corpus.digest, split, context_tokens, seed, documents)
+        key = _key(corpus.digest, split, context_tokens, seed, chosen)
         row_of_piece, classes, num_rows = np.empty(len(pieces.sizes), np.int64), [], 0
         for weight in sorted(set(weights.tolist())):
             mine = np.flatnonzero(weight_of_piece == weight)
@@ -114,7 +114,7 @@ class RowPlan:
         return Batch(inputs_BT, targets_BT, segments_BT)
 
     def locate(self, row: int, slot: int) -> tuple[int, int] | None:
-        """Document row and token index of the target in a slot (num_tokens: its closing <|endoftext|>); None: padding."""
+        """Document row and token index (num_tokens: its closing <|endoftext|>) of a slot's target; None for padding."""
         for piece in range(int(self._first_piece[row]), int(self._first_piece[row + 1])):
             size = int(self._pieces.sizes[piece])
             if slot < size:
@@ -156,13 +156,14 @@ def _in_split(corpus: Corpus, split: str, documents: Ints | None) -> Ints:
     chosen = np.unique(documents).astype(np.int64)
     if len(chosen) != len(documents) or (len(chosen) and not 0 <= chosen[0] <= chosen[-1] < len(inside)):
         raise ConfigError("documents", "not a list of distinct rows of documents.parquet", f"0 to {len(inside) - 1}")
-    return chosen[inside[chosen]]
+    kept: Ints = chosen[inside[chosen]]
+    return kept
 
 
-def _key(digest: str, split: str, context_tokens: int, seed: int, documents: Ints | None) -> np.uint64:
-    chosen = "all" if documents is None else hashlib.sha256(np.sort(documents).astype("<i8").tobytes()).hexdigest()
-    text = f"{digest} {split} {chosen} {context_tokens} {seed}".encode()
-    return np.frombuffer(hashlib.sha256(text).digest()[:8], "<u8").astype(np.uint64)[0]
+def _key(digest: str, split: str, context_tokens: int, seed: int, chosen: Ints) -> np.uint64:
+    documents = hashlib.sha256(chosen.astype("<i8").tobytes()).hexdigest()
+    text = f"{digest} {split} {documents} {context_tokens} {seed}".encode()
+    return np.uint64(int.from_bytes(hashlib.sha256(text).digest()[:8], "little"))
 
 
 def _pack(pieces: Pieces, context_tokens: int, key: np.uint64) -> tuple[Ints, int]:
