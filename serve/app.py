@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from pathlib import Path
 from typing import Any
 
+import httpx
 from ray import serve as ray_serve
 from ray.serve.schema import LoggingConfig
 
@@ -16,6 +18,7 @@ from ulm.errors import ClusterError
 from ulm.recipes.serve import ServeRecipe
 
 NAME = "ulm"
+READY_TIMEOUT_S = 30.0
 
 
 def bind(plan: Plan, recipe: ServeRecipe) -> Any:
@@ -46,14 +49,18 @@ def up(recipe: ServeRecipe, *, root: Path, near: Path | None) -> dict[str, Any]:
     plan = make_plan(recipe, root=root, near=near)
     check_port(recipe.host, recipe.port)
     quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # this process's own share of Serve's log
     ray_serve.start(http_options={"host": recipe.host, "port": recipe.port}, logging_config=quiet)
     try:
-        handle = ray_serve.run(bind(plan, recipe), name=NAME, route_prefix="/", logging_config=quiet)
-        models = handle.names.remote().result()
+        ray_serve.run(bind(plan, recipe), name=NAME, route_prefix="/", logging_config=quiet)
     except RuntimeError as error:  # Serve's own: a replica could not start, with the reason in its text
         raise ClusterError(f"the endpoint did not start: {error}") from None
     host = f"[{recipe.host}]" if ":" in recipe.host else recipe.host
-    return {"url": f"http://{host}:{recipe.port}/v1", "models": models}
+    host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # noqa: S104  an address to listen on, not to ask
+    url = f"http://{host}:{recipe.port}/v1"
+    # asked over HTTP: a handle in this process would keep calling the controller while that shuts down
+    listed = httpx.get(f"{url}/models", timeout=READY_TIMEOUT_S, trust_env=False).raise_for_status().json()
+    return {"url": url, "models": [card["id"] for card in listed["data"]]}
 
 
 def down() -> None:

@@ -41,7 +41,3 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> Any:
         """Called by Serve after the constructor."""
         return build_app(self._catalog, recorder(), gather)
-
-    def names(self) -> list[str]:
-        """Model names offered."""
-        return self._catalog.names()

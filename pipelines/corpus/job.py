@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +24,15 @@ import ray.data
 from pipelines.corpus.documents import LEAN, Judged, choose_sample, judge, read_documents
 from pipelines.corpus.publish import CorpusWriter, building
 from pipelines.corpus.sources import Listing, Unit, list_sources, share_out
-from pipelines.corpus.tokens import SHARD_BYTES, find_tokenizer, make_tokenizer, tokenize
+from pipelines.corpus.tokens import (
+    SHARD_BYTES,
+    chosen_rows,
+    find_tokenizer,
+    make_tokenizer,
+    stored_tokenizer,
+    token_table,
+    tokenize,
+)
 from ulm import runtime
 from ulm.errors import ConfigError, CorpusError, UlmError
 from ulm.recipes.base import Recipe, load
@@ -138,7 +145,7 @@ class Documents:
         marks = ray.put((chosen, self.judged.first_row))
 
         def select(batch: pa.Table) -> pa.Table:
-            return _chosen(batch, *ray.get(marks))
+            return chosen_rows(batch, *ray.get(marks))
 
         for batch in self._map(self._table, select).iter_batches(batch_size=None, batch_format="pyarrow"):
             yield from zip(batch["row"].to_pylist(), batch["text"].to_pylist(), strict=True)
@@ -150,11 +157,11 @@ class Documents:
         max_bytes = self.recipe.clean.max_document_bytes
 
         def encode(batch: pa.Table) -> Iterator[pa.Table]:
-            kept = _chosen(batch, *ray.get(marks))
+            kept = chosen_rows(batch, *ray.get(marks))
             texts = zip(kept["row"].to_pylist(), (text.as_py() for text in kept["text"]), strict=True)
-            for encoded in tokenize(texts, _tokenizer(*ray.get(stored)), max_bytes):
-                yield _token_table(encoded)
-            yield _token_table([])
+            for encoded in tokenize(texts, stored_tokenizer(*ray.get(stored)), max_bytes):
+                yield token_table(encoded)
+            yield token_table([])
 
         total = self.judged.num_kept
         with self._timed("tokenize and write"):
@@ -164,28 +171,6 @@ class Documents:
                 ):
                     writer.add(*row)
                 self.progress("tokenize and write", writer.num_documents, total)
-
-
-def _chosen(batch: pa.Table, chosen: np.ndarray[Any, Any], first_row: np.ndarray[Any, Any]) -> pa.Table:
-    """Row numbers and texts of those rows of a batch that are chosen."""
-    rows = first_row[batch["unit"].to_numpy()] + batch["index"].to_numpy()
-    take = chosen[rows]
-    return pa.table({"row": pa.array(rows[take]), "text": batch["text"].filter(pa.array(take))})
-
-
-def _token_table(encoded: list[tuple[int, str, int, bytes]]) -> pa.Table:
-    types = {"row": pa.int64(), "id": pa.string(), "num_bytes": pa.int64(), "tokens": pa.large_binary()}
-    columns = list(zip(*encoded, strict=True)) or [()] * len(types)
-    return pa.table({name: pa.array(c, t) for (name, t), c in zip(types.items(), columns, strict=True)})
-
-
-@lru_cache(maxsize=1)
-def _tokenizer(stored: str, kind: str, chat_template: str) -> Tokenizer:
-    import tokenizers
-
-    # Ray runs one task per core already; threads of the tokenizer's own would only contend with them.
-    runtime.set_variable("TOKENIZERS_PARALLELISM", "false", keep=False)
-    return Tokenizer(tokenizers.Tokenizer.from_str(stored), kind, chat_template)
 
 
 def nothing_left(listing: Listing, judged: Judged) -> str:

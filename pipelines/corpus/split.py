@@ -7,6 +7,7 @@ import re
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.corpus.dedup import KEY_BYTES
 from ulm.corpus.manifest import SPLITS
 from ulm.recipes.corpus import Split
 
@@ -25,7 +26,7 @@ def assign(keys: NDArray[np.bytes_], own: NDArray[np.int8], config: Split) -> ND
     Keys are uniform, so the first eight bytes are a number in [0, 1). Where no document falls into train, for
     there are too few of them, all that have no split of their own go there.
     """
-    share = keys.view(">u8").reshape(len(keys), -1)[:, 0] / 2.0**64
+    share = keys.view(">u8").reshape(-1, KEY_BYTES // 8)[:, 0] / 2.0**64
     hashed = np.where(share < config.val, 1, np.where(share < config.val + config.test, 2, 0)).astype(np.int8)
     split = np.where(own >= 0, own, hashed).astype(np.int8)
     if not (split == 0).any():

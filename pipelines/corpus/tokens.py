@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import pyarrow as pa
+import tokenizers
+from numpy.typing import NDArray
 
 from pipelines.corpus.clean import cut
+from ulm import artefacts, runtime
 from ulm.corpus.manifest import token_dtype
 from ulm.errors import ConfigError
 from ulm.recipes.corpus import TokenizerSection
@@ -58,6 +63,28 @@ def _encoded(batch: Sequence[tuple[int, str]], tokenizer: Tokenizer) -> list[tup
     ]
 
 
+def chosen_rows(batch: pa.Table, chosen: NDArray[Any], first_row: NDArray[Any]) -> pa.Table:
+    """Row numbers and texts of those rows of a batch that are chosen."""
+    rows = first_row[batch["unit"].to_numpy()] + batch["index"].to_numpy()
+    take = chosen[rows]
+    return pa.table({"row": pa.array(rows[take]), "text": batch["text"].filter(pa.array(take))})
+
+
+def token_table(encoded: list[tuple[int, str, int, bytes]]) -> pa.Table:
+    """A batch of `tokenize` as it travels."""
+    types = {"row": pa.int64(), "id": pa.string(), "num_bytes": pa.int64(), "tokens": pa.large_binary()}
+    columns = list(zip(*encoded, strict=True)) or [()] * len(types)
+    return pa.table({name: pa.array(c, t) for (name, t), c in zip(types.items(), columns, strict=True)})
+
+
+@lru_cache(maxsize=1)
+def stored_tokenizer(stored: str, kind: str, chat_template: str) -> Tokenizer:
+    """The tokenizer that travelled as these texts, kept for the next batch."""
+    # Ray runs one task per core already; threads of the tokenizer's own would only contend with them.
+    runtime.set_variable("TOKENIZERS_PARALLELISM", "false", keep=False)
+    return Tokenizer(tokenizers.Tokenizer.from_str(stored), kind, chat_template)
+
+
 class ShardWriter:
     """Writes one split's tokens, end to end, in shards of `shard_bytes`; they do not depend on how tokens arrive."""
 
@@ -97,8 +124,6 @@ class ShardWriter:
 
 def find_tokenizer(text: str, *, root: Path, near: Path | None) -> Tokenizer:
     """A tokenizer that stands already: by path, name, digest or its beginning. Raises ArtefactError if damaged."""
-    from ulm import artefacts
-
     folder = root / "tokenizers"
     place = artefacts.find(
         text, folder=folder, names_in=folder / "names", what="tokenizer", place="tokenizer", near=near

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,7 @@ def session(root: Path, address: str | None, *, dashboard: bool = False) -> Iter
     runtime.set_variable("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine unasked
     import ray
 
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     address = address or runtime.variable("RAY_ADDRESS")
     if address is None and (state := running(root)) is not None:
         address = state.get("ray_address")
@@ -60,6 +62,7 @@ def session(root: Path, address: str | None, *, dashboard: bool = False) -> Iter
             )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ClusterError(f"no Ray cluster at {address or 'this machine'}: {error}") from None
+    signal.signal(signal.SIGTERM, on_sigterm)  # ray.init replaces it by one that prints a C++ stack and exits
     try:
         yield str(context.address_info["gcs_address"])
     finally:

@@ -1,0 +1,152 @@
+"""The corpus job on a real local Ray: the corpus that one process makes, whatever the workers, and nothing half-done."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from pipelines import tokenizer_job
+from pipelines.corpus import job
+from tests.plain_build import corpus_recipe, plain_build
+from tests.written_corpus import stdlib_docstrings
+from ulm import artefacts
+from ulm.corpus.manifest import Corpus
+from ulm.errors import ConfigError, CorpusError
+from ulm.recipes.base import validate
+from ulm.recipes.corpus import TokenizerRecipe
+
+BPE = {"kind": "bpe", "vocab_size": 500}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    place = tmp_path / "texts"
+    place.mkdir()
+    docstrings = stdlib_docstrings(30)
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in docstrings[:200])
+    (place / "rows.jsonl").write_text(rows + "no json\n" + rows[:2_000], encoding="utf-8")
+    for number, text in enumerate(docstrings[200:260]):
+        (place / f"{number:03d}.txt").write_text(text, encoding="utf-8")
+    (place / "empty.md").write_bytes(b"")
+    return place
+
+
+def test_one_and_two_workers_make_the_corpus_that_one_process_makes(
+    root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = {"path": str(folder)}
+    plain = plain_build(root / "plain", source, tokenizer=BPE)
+    lines = []
+    for workers in (1, 2):
+        if workers == 2:  # another layout of blocks too
+            monkeypatch.setattr(job, "share_out", lambda units, _: [[(n, vars(unit))] for n, unit in enumerate(units)])
+        place = root / str(workers)
+        lines.append(job.build(corpus_recipe(source, tokenizer=BPE, workers=workers), root=place))
+        corpus = Corpus.open("c", root=place)
+        assert corpus.digest == plain.digest
+        assert corpus.documents.equals(plain.documents)
+    assert {key: value for key, value in lines[0].items() if key != "corpus"} == {
+        "digest": plain.digest,
+        "documents": plain.manifest["documents"],
+        "tokens": plain.manifest["tokens"],
+    }
+    assert lines[0]["corpus"] == str(root / "1" / "corpora" / plain.digest)
+    assert plain.manifest["documents"]["dropped"].keys() == {"bad_json", "duplicate_exact", "empty"}
+    assert (root / "1" / "tokenizers" / plain.tokenizer.digest / "manifest.json").is_file()
+
+
+def test_progress_is_told_by_stage(root: Path, folder: Path) -> None:
+    told: list[tuple[str, int, int | None]] = []
+    line = job.build(corpus_recipe({"path": str(folder)}), root=root, progress=lambda *step: told.append(step))
+    kept = line["documents"]["kept"]
+    assert ("tokenize and write", kept, kept) in told
+    assert list(dict.fromkeys(stage for stage, _, _ in told))[:3] == ["list", "read and clean", "judge"]
+
+
+def test_a_tokenizer_alone_is_the_one_of_the_corpus(root: Path, folder: Path) -> None:
+    source = {"path": str(folder)}
+    plain = plain_build(root, source, tokenizer=BPE)
+    recipe = validate(TokenizerRecipe, {"name": "t", "sources": [source], "tokenizer": BPE})
+    line = tokenizer_job.train(recipe, root=root)
+    assert (line["digest"], line["vocab_size"]) == (plain.tokenizer.digest, 500)
+    assert artefacts.names(root / "tokenizers" / "names") == {"t": Path(line["tokenizer"])}
+
+
+def test_a_source_that_is_missing_or_holds_nothing_leaves_nothing(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sources\.0\.path: .* does not exist"):
+        job.build(corpus_recipe({"path": "nowhere"}), root=root, near=tmp_path)
+    (tmp_path / "a.txt").write_bytes(b"\x00\x01")
+    with pytest.raises(CorpusError, match=r"no document is left of the sources: binary 1, a\.txt \(binary\)"):
+        job.build(corpus_recipe({"path": "a.txt"}), root=root, near=tmp_path)
+    assert list((root / "corpora").iterdir()) == []
+
+
+def test_a_build_that_fails_halfway_is_never_listed(root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = 0
+
+    def fail(self: object, *row: object) -> None:
+        nonlocal written
+        written += 1
+        if written == 20:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(job.CorpusWriter, "add", fail)
+    with pytest.raises(KeyboardInterrupt):
+        job.build(corpus_recipe({"path": str(folder)}), root=root)
+    assert written == 20
+    assert list((root / "corpora").iterdir()) == []
+
+
+def test_the_job_module_ends_with_one_json_line_and_says_what_was_wrong(root: Path, folder: Path) -> None:
+    recipe = folder.parent / "notes.yaml"
+    recipe.write_text("sources: [{path: texts}]\ntokenizer: {kind: byte}\n")
+    address = ray.get_runtime_context().gcs_address
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pipelines.corpus.job", str(recipe), *arguments]
+        environment = {**os.environ, "RAY_ADDRESS": address, "ULM_HOME": str(root)}
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+    done = run("--set", "name=notes")
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert line["digest"] == Corpus.open("notes", root=root).digest
+    wrong = run("--set", "sources=[{path: nowhere}]")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "sources.0.path" in wrong.stderr.splitlines()[-1]
+    empty = run("--set", "sources=[{path: texts/empty.md}]")
+    assert empty.returncode == 1
+    assert "no document is left of the sources: empty 1" in empty.stderr.splitlines()[-1]
+
+
+def test_a_killed_build_leaves_nothing_that_is_listed(root: Path, folder: Path) -> None:
+    recipe = folder.parent / "notes.yaml"
+    recipe.write_text("sources: [{path: texts}]\n")
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address, "ULM_HOME": str(root)}
+    command = [sys.executable, "-m", "pipelines.corpus.job", str(recipe)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list((root / "corpora").glob("build.*")):
+        assert time.monotonic() < deadline, "the build never began"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=30)
+    assert [p.suffix for p in (root / "corpora").iterdir()] == [artefacts.PARTIAL]
+    with pytest.raises(ConfigError, match="no corpus 'notes'"):
+        Corpus.open("notes", root=root)

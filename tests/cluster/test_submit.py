@@ -1,0 +1,64 @@
+"""Training as a Ray job, as an operator submits it, on a real local cluster with its dashboard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.tiny_corpus import write_corpus
+
+CHECKOUT = Path(__file__).parents[2]
+TRAIN = ["corpus=tiny", "train={steps: 3, batch_tokens: 256, context_tokens: 64}"]
+TIMEOUT_S = 240
+
+
+@pytest.fixture
+def dashboard(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a cluster whose processes find our Python first."""
+    import ray
+
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    write_corpus(root, [("a", "train", f"text number {i} of many. " * 20) for i in range(20)])
+    context = ray.init(address="local", num_cpus=2, logging_level=logging.ERROR, log_to_driver=False)
+    yield f"http://{context.dashboard_url}"
+    ray.shutdown()
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    binaries = Path(sys.executable).parent
+    return subprocess.run(
+        [str(binaries / command[0]), *command[1:]], cwd=CHECKOUT, capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+
+
+def test_ray_job_submit_and_ulm_submit_train_and_show_in_the_dashboard(root: Path, dashboard: str) -> None:
+    recipe = "pipelines/recipes/train-nano.yaml"
+    sets = [part for value in (*TRAIN, "name=by-ray") for part in ("--set", value)]
+    job = ("python", "-m", "pipelines.train.job", recipe, *sets)
+    found = run("ray", "job", "submit", "--address", dashboard, "--working-dir", ".", "--", *job)
+    assert found.returncode == 0, found.stdout + found.stderr
+    sets = [part for value in (*TRAIN, "name=by-ulm") for part in ("--set", value)]
+    found = run("ulm", "submit", "train", recipe, *sets, "--address", dashboard, "--wait")
+    assert found.returncode == 0, found.stdout + found.stderr
+    submitted = json.loads(found.stdout.splitlines()[-1])
+    assert submitted["status"] == "SUCCEEDED"
+    for name in ("by-ray", "by-ulm"):
+        assert (root / "runs" / name / "step-00000003" / "manifest.json").is_file()
+    page = httpx.get(f"{dashboard}/api/jobs/", headers=token(), trust_env=False)
+    shown = {entry["submission_id"]: entry for entry in page.raise_for_status().json() if entry["submission_id"]}
+    assert shown[submitted["job"]]["status"] == "SUCCEEDED"
+    assert len(shown) == 2
+
+
+def token() -> dict[str, str]:
+    """Ray's own token where it asks for one."""
+    path = Path("~/.ray/auth_token").expanduser()
+    return {"Authorization": f"Bearer {path.read_text().strip()}"} if path.is_file() else {}
