@@ -1,10 +1,7 @@
-"""Training a swarm: a seed on all clusters, one expert per cluster from the seed, the controls, and the table.
+"""The swarm job: a plan's runs by Ray Train, their swarm.json, and the table that compares them.
 
-The protocol is that of the comparison (c-BTM, arXiv 2303.14177, made equal in tokens): of the recipe's length the seed
-takes `seed_share` at a constant rate after its warm-up, the experts share the rest equally; dense goes on from the seed
-on all clusters for the sum of the experts' tokens with the same batch. Experts and dense begin with a fresh optimizer
-and the same short warm-up, and fall linearly to a tenth. Every run is a run of `pipelines.train`, so a job that was
-stopped goes on where it was, and a finished one answers at once.
+Every run is a run of `pipelines.train`, so a job that was stopped goes on where it was, and a finished one answers at
+once. `python -m pipelines.swarm_job RECIPE` is `ulm swarm train` as a Ray job.
 """
 
 from __future__ import annotations
@@ -12,23 +9,19 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 
-from pipelines.corpus.domains import Clusters, cluster_corpus
+from pipelines.corpus.domains import Clusters
 from pipelines.evaluate import evaluate_swarm
-from pipelines.train import job
-from pipelines.train.task import TrainTask, resolve
+from pipelines.swarm_plan import Plan, plan_swarm
+from pipelines.train import folder, job
+from pipelines.train.task import Stage, TrainTask
 from ulm import artefacts, registry, runtime
 from ulm.corpus.manifest import Corpus
 from ulm.errors import ConfigError, UlmError
@@ -36,78 +29,10 @@ from ulm.models.account import num_parameters
 from ulm.recipes import load_recipe
 from ulm.recipes.serve import Budget
 from ulm.recipes.train import Evaluation, Resources, SwarmRecipe
-from ulm.registry import configure
 from ulm.swarm.manifest import SEED, Part, Swarm, write_swarm
 
 OnProgress = Callable[[str, int, int, dict[str, Any]], None]  # run, step, number of steps, figures
-POLL_S = 0.2  # how soon a signal is noticed
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything a swarm's training consists of, before any of it has run."""
-
-    corpus: Corpus
-    clusters: Clusters
-    random_clusters: Clusters | None
-    seed: TrainTask
-    experts: dict[str, TrainTask]  # by member id
-    dense: TrainTask | None
-    random: dict[str, TrainTask]  # experts of the random control
-
-    def tasks(self) -> list[TrainTask]:
-        """All runs, the seed first."""
-        return [self.seed, *([self.dense] if self.dense else []), *self.experts.values(), *self.random.values()]
-
-
-def plan_swarm(recipe: SwarmRecipe, *, root: Path, near: Path | None = None) -> Plan:
-    """The runs that a recipe means, with its clusterings made or found. ConfigError where they cannot be trained."""
-    whole = resolve(recipe, root=root, near=near)
-    expert_steps = round(whole.num_steps * (1 - recipe.seed_share)) // recipe.experts
-    seed_steps = whole.num_steps - expert_steps * recipe.experts
-    if expert_steps < 1 or seed_steps < 1:
-        problem = f"{whole.num_steps} steps are too few for a seed and {recipe.experts} experts"
-        raise ConfigError("train", problem, f"at least {4 * recipe.experts} steps, or fewer experts")
-    corpus = Corpus.read(whole.corpus, verify=False)  # `resolve` has read all of it
-
-    def run(suffix: str, num_steps: int, decay_share: float, **changes: Any) -> TrainTask:
-        name = f"{recipe.name}-{suffix}"
-        fields = {"kind": "wsd", "warmup_steps": recipe.warmup_steps, "decay_share": decay_share}
-        schedule = configure("schedule", fields)
-        return replace(whole, run=name, folder=root / "runs" / name, num_steps=num_steps, schedule=schedule, **changes)
-
-    def experts(letter: str, clusters: Clusters) -> dict[str, TrainTask]:
-        for cluster, tokens in enumerate(clusters.tokens):
-            if tokens < whole.batch_tokens:
-                problem = (
-                    f"cluster {cluster} ({clusters.domains[cluster] or 'empty'}) has {tokens:,} training tokens, "
-                    f"less than one batch of {whole.batch_tokens:,}"
-                )
-                raise ConfigError("experts", problem, "fewer experts, more text, or a smaller train.batch_tokens")
-        return {
-            f"e{c:02d}": run(f"{letter}{c:02d}", expert_steps, 1.0, documents=clusters.documents(c))
-            for c in range(recipe.experts)
-        }
-
-    clusters = cluster_corpus(corpus, recipe.experts, recipe.clustering)
-    random_clusters = (
-        cluster_corpus(corpus, recipe.experts, recipe.clustering, kind="random")
-        if "random" in recipe.controls
-        else None
-    )
-    goes_on_at = seed_steps * whole.rows_per_batch  # dense reads on where the seed stopped reading
-    return Plan(
-        corpus,
-        clusters,
-        random_clusters,
-        seed=run(SEED, seed_steps, 0.0),
-        experts=experts("e", clusters),
-        dense=run("dense", expert_steps * recipe.experts, 1.0, start_cursor=goes_on_at)
-        if "dense" in recipe.controls
-        else None,
-        random=experts("r", random_clusters) if random_clusters else {},
-    )
 
 
 def train_swarm(

@@ -112,6 +112,7 @@ class Documents:
 
     def _read(self) -> ray.data.Dataset:
         groups = share_out(self.listing.units, self.workers)
+        self._num_tasks = min(self.workers, len(groups))  # Ray Data warns of more workers than blocks
         log.info("reading %d units in %d groups", len(self.listing.units), len(groups))
         clean = self.recipe.clean
 
@@ -128,7 +129,7 @@ class Documents:
             batch_size=None,
             batch_format="pyarrow",
             zero_copy_batch=True,
-            compute=ray.data.TaskPoolStrategy(size=self.workers),
+            compute=ray.data.TaskPoolStrategy(size=self._num_tasks),
         )
 
     def train_tokenizer(self) -> Tokenizer:

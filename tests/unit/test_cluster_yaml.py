@@ -46,7 +46,7 @@ def test_ray_prepares_one_node_per_listed_worker(config: dict[str, Any]) -> None
     ("place", "broken", "complaint"),
     [
         ("setup_comands", ["make setup"], "setup_comands"),  # a misspelled field
-        ("setup_commands", "make setup", "make setup"),  # a string where a list belongs
+        ("rsync_exclude", ".git", "is not of type 'array'"),
         ("auth", {"user": "ulm"}, "user"),
     ],
 )

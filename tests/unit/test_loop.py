@@ -268,7 +268,8 @@ def test_a_tail_tells_each_new_step_once_across_a_resume(tmp_path):
         file.write('{"step": 2}\n{"step": 3}\n{"st')
     assert [line["step"] for line in tail.new_lines()] == [2, 3]
     assert tail.new_lines() == []
-    MetricsFile(tmp_path, last_step=1)
+    with MetricsFile(tmp_path, last_step=1):
+        pass
     with path.open("a") as file:
         file.write("".join(json.dumps({"step": step}) + "\n" for step in (2, 3, 4)))
     assert [line["step"] for line in tail.new_lines()] == [4]

@@ -1,0 +1,107 @@
+"""The plan of a swarm: the protocol's shares and schedules, and what is refused before anything starts."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines.swarm_plan import Plan, plan_swarm
+from tests.tiny_corpus import write_corpus
+from ulm.errors import ConfigError
+from ulm.recipes.base import validate
+from ulm.recipes.train import SwarmRecipe
+
+WORDS = {
+    "law": "court judge appeal statute plaintiff verdict counsel section liable contract",
+    "code": "def return import class self lambda yield parser buffer index",
+    "medicine": "patient dose tablet symptom fever clinic nurse therapy vaccine blood",
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with a corpus of three kinds of text, bytes as tokens."""
+    generator = random.Random(0)
+    documents = [
+        (domain, ("train", "train", "val", "test")[number % 4], " ".join(generator.choices(words.split(), k=25)))
+        for number in range(40)
+        for domain, words in WORDS.items()
+    ]
+    root = tmp_path_factory.mktemp("swarm-home")
+    write_corpus(root, documents)
+    return root
+
+
+def plan(home: Path, **changes: Any) -> Plan:
+    train = {"steps": 13, "batch_tokens": 256, "context_tokens": 64, **changes.pop("train", {})}
+    fields = {"corpus": "tiny", "model": {"preset": "nano", "num_layers": 1}, "experts": 3, **changes}
+    return plan_swarm(validate(SwarmRecipe, {"name": "t", "train": train, **fields}), root=home)
+
+
+def test_the_length_is_shared_between_seed_and_experts_and_dense_gets_what_the_experts_get(home):
+    of = plan(home, train={"steps": 43}, seed_share=0.5)
+    expert_steps = [task.num_steps for task in of.experts.values()]
+    assert expert_steps == [7, 7, 7]
+    assert of.seed.num_steps + sum(expert_steps) == 43
+    assert of.dense.num_steps == sum(expert_steps)
+    assert {task.batch_tokens for task in (of.seed, of.dense, *of.experts.values())} == {256}
+    assert of.dense.start_cursor == of.seed.num_steps * 256 // 64  # reads on where the seed stopped
+    assert of.dense.documents is None and of.seed.documents is None
+
+
+def test_experts_and_dense_begin_with_the_seeds_last_checkpoint(home):
+    of = plan(home)
+    assert of.seed.init_from is None
+    for task in (of.dense, *of.experts.values()):
+        assert task.init_from == of.seed.folder / f"step-{of.seed.num_steps:08d}"
+
+
+def test_the_seed_holds_its_rate_and_experts_and_dense_fall_linearly_to_a_tenth(home):
+    of = plan(home, warmup_steps=2)
+    assert (of.seed.schedule.kind, of.seed.schedule.decay_share) == ("wsd", 0.0)
+    for task in (of.dense, *of.experts.values()):
+        schedule = task.schedule
+        assert (schedule.kind, schedule.decay_share, schedule.final_share, schedule.warmup_steps) == (
+            "wsd",
+            1.0,
+            0.1,
+            2,
+        )
+
+
+def test_experts_divide_the_training_documents_among_them(home):
+    of = plan(home)
+    taken = np.concatenate([task.chosen_documents() for task in of.experts.values()])
+    assert sorted(taken) == list(range(of.corpus.documents.num_rows))
+    assert [task.run for task in of.experts.values()] == ["t-e00", "t-e01", "t-e02"]
+
+
+def test_the_random_control_is_the_same_swarm_over_other_clusters(home):
+    of = plan(home, controls=["random"])
+    assert of.dense is None
+    assert [task.run for task in of.random.values()] == ["t-r00", "t-r01", "t-r02"]
+    for expert, control in zip(of.experts.values(), of.random.values(), strict=True):
+        assert control.num_steps == expert.num_steps
+        assert control.chosen_documents().tolist() != expert.chosen_documents().tolist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"steps": 4}}, "train: 4 steps are too few for a seed and 3 experts .*at least 12 steps"),
+        (
+            {"train": {"batch_tokens": 64_000}},
+            r"experts: cluster 0 \(law\) has [\d,]+ training tokens, less than one batch of 64,000 .*fewer experts",
+        ),
+        ({"parallel": 2, "train": {"workers": 2}}, "parallel: runs go side by side with one worker each"),
+        ({"corpus": "tinny"}, "corpus: no corpus 'tinny'"),
+        ({"experts": 500}, "experts: 500 clusters of 60 training documents"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_starts(home, changes, message):
+    if "experts" in changes:
+        changes = {**changes, "train": {"steps": 5_000}}
+    with pytest.raises(ConfigError, match=message):
+        plan(home, **changes)
