@@ -17,7 +17,7 @@ from pipelines.train.task import TrainTask, resolve
 from ulm.checkpoints import store
 from ulm.corpus.manifest import Corpus
 from ulm.errors import ConfigError
-from ulm.recipes.train import SwarmRecipe
+from ulm.recipes.train import SwarmRecipe, TrainingRecipe, TrainRecipe
 from ulm.registry import configure
 from ulm.swarm.manifest import SEED
 
@@ -41,7 +41,8 @@ class Plan:
 
 def plan_swarm(recipe: SwarmRecipe, *, root: Path, near: Path | None = None) -> Plan:
     """The runs that a recipe means, with its clusterings made or found. ConfigError where they cannot be trained."""
-    whole = resolve(recipe, root=root, near=near)
+    shared = {field: getattr(recipe, field) for field in TrainingRecipe.model_fields}
+    whole = resolve(TrainRecipe(**shared), root=root, near=near)
     expert_steps = round(whole.num_steps * (1 - recipe.seed_share)) // recipe.experts
     seed_steps = whole.num_steps - expert_steps * recipe.experts
     if expert_steps < 1 or seed_steps < 1:

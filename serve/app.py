@@ -24,12 +24,12 @@ READY_TIMEOUT_S = 30.0
 def bind(plan: Plan, recipe: ServeRecipe) -> Any:
     """The Serve application of a plan: one engine deployment per group of members, and the gateway."""
     engines = [
-        EngineReplica.options(
+        EngineReplica.options(  # type: ignore[attr-defined]  # Serve's decorator is not typed
             name=f"engine-{index}", ray_actor_options={"num_cpus": recipe.cpus, "num_gpus": recipe.gpus}
         ).bind(recipe.engine, {name: str(plan.members[name].checkpoint) for name in names})
         for index, names in enumerate(plan.groups)
     ]
-    return Gateway.bind(plan, *engines)
+    return Gateway.bind(plan, *engines)  # type: ignore[attr-defined]
 
 
 def check_port(host: str, port: int) -> None:

@@ -122,7 +122,7 @@ class Engine(Protocol):
         ...
 
     async def next_logprobs(self, member: str, tokens: Sequence[int]) -> np.ndarray:
-        """Log-probabilities of the whole vocabulary after `tokens`, float32; prefixes seen lately are not recomputed."""
+        """float32 log-probabilities of the whole vocabulary after `tokens`; prefixes seen lately are not recomputed."""
         ...
 
     async def embed(self, member: str, tokens: Sequence[int]) -> np.ndarray:

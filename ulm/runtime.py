@@ -63,7 +63,7 @@ def device(name: str | None = None) -> torch.device:
 
 
 def has_fast_bfloat16(where: torch.device) -> bool:
-    """Whether bfloat16 matrix products are native: Ampere or later, AMX or AVX-512 BF16. Emulated ones are 4x slower."""
+    """Whether bfloat16 products are native: Ampere or later, AMX or AVX-512 BF16. Emulated ones are 4x slower."""
     import torch
 
     if where.type == "cuda":

@@ -14,7 +14,7 @@ from pipelines.train.task import TrainTask
 from ulm import artefacts
 from ulm.checkpoints import store
 from ulm.errors import ConfigError
-from ulm.recipes.train import TrainRecipe
+from ulm.recipes.train import TrainingRecipe
 
 TASK = "task.json"  # the identity of the task that the folder belongs to
 WARM_UP_STEPS = 20  # left out of a run's tokens per second
@@ -43,7 +43,7 @@ def claim(task: TrainTask) -> None:
         artefacts.write_json(task.folder / TASK, task.identity())
 
 
-def write_recipe(task: TrainTask, recipe: TrainRecipe) -> None:
+def write_recipe(task: TrainTask, recipe: TrainingRecipe) -> None:
     """The recipe that the run came from, with the corpus by its digest, unless it is there already."""
     if not (task.folder / "recipe.yaml").is_file():
         fields = {**recipe.model_dump(mode="json", exclude_unset=True), "corpus": task.corpus.name}

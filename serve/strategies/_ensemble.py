@@ -151,4 +151,3 @@ def _longer(call: Call, ms: float, weight: float | None) -> Call:
         return replace(call, ms=round(call.ms + ms, 3))
     mean = (call.weight * call.tokens_out + weight) / (call.tokens_out + 1)
     return replace(call, ms=round(call.ms + ms, 3), tokens_out=call.tokens_out + 1, weight=mean)
-

@@ -23,7 +23,7 @@ def report(
 ) -> None:
     """Print a figure: the median of its runs, and of its ratio to the peer's where there is one.
 
-    `values` and `peer_values` are pairs, taken by turns. Without values the figure could not be measured: `note` says why.
+    `values` and `peer_values` are pairs, taken by turns. Without values it could not be measured: `note` says why.
     """
     ratios = [v / p for v, p in zip(values, peer_values, strict=True)] if peer else []
     value = statistics.median(values) if values else None

@@ -117,7 +117,7 @@ def train(home: Path) -> None:
     corpus.write_text(f"name: bench\nsources: [{{path: {text}, document: paragraph}}]\nsplit: {{val: 0, test: 0}}\n")
     subprocess.run([*ULM, "corpus", "build", str(corpus)], env=environment, check=True, capture_output=True)
     recipe = home / "train.yaml"
-    recipe.write_text("corpus: bench\nmodel: nano\ntrain: {steps: %d, batch_tokens: 8192}\n" % (WARMUP_STEPS + STEPS))
+    recipe.write_text(f"corpus: bench\nmodel: nano\ntrain: {{steps: {WARMUP_STEPS + STEPS}, batch_tokens: 8192}}\n")
     ours, bare = [], []
     for pair in range(PAIRS):
         command = [*ULM, "train", str(recipe), "--set", f"name=bench-{pair}"]

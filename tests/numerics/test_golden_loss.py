@@ -22,9 +22,9 @@ from ulm.recipes.base import validate
 from ulm.recipes.train import TrainRecipe
 
 GOLDEN = Path(__file__).with_name("golden_loss.json")
-# float32 sums in another order (threads, vector width, libraries) grow over 20 updates; a wrong weight decay of 0.2
-# in place of 0.1 moves step 20 by more than this.
-ACROSS_MACHINES = 2e-3
+# Float32 sums in another order: threads and plain instead of AVX-512 kernels move a loss by 1e-6, a weight decay of 0.2
+# in place of 0.1 moves step 20 by 2e-3.
+ACROSS_MACHINES = 5e-4
 SUM_ORDER = {"rtol": 2e-5, "atol": 2e-6}  # float32, chunks added up in another order than one product
 
 

@@ -74,9 +74,7 @@ def test_many_answers_at_once_equal_the_plain_generator(swarm: Swarm, with_engin
 def test_a_seed_gives_the_same_text_alone_and_in_company(swarm: Swarm, with_engine: Callable[..., Any]) -> None:
     model, tokenizer = load(swarm, "e01")
     sampling = Sampling(temperature=0.9, top_k=40, top_p=0.95, seed=7)
-    oracle = ulm.generate(
-        model, tokenizer, "The", max_tokens=24, temperature=0.9, top_k=40, top_p=0.95, seed=7
-    )
+    oracle = ulm.generate(model, tokenizer, "The", max_tokens=24, temperature=0.9, top_k=40, top_p=0.95, seed=7)
 
     async def body(engine: Any) -> Any:
         asked = request(tokenizer, "The", {"e01": 1.0}, sampling=sampling)

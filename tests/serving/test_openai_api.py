@@ -129,9 +129,13 @@ def test_logprobs_are_the_models_own(client: TestClient, swarm: Swarm) -> None:
     found = complete(client, logprobs=3)["choices"][0]["logprobs"]
     assert found["token_logprobs"] == pytest.approx(oracle.logprobs, abs=2e-5)
     assert found["tokens"] == [tokenizer.decode([t]) for t in oracle.tokens]
-    assert all(max(top.values()) == own for top, own in zip(found["top_logprobs"], found["token_logprobs"], strict=True))
+    assert all(
+        max(top.values()) == own for top, own in zip(found["top_logprobs"], found["token_logprobs"], strict=True)
+    )
     chat = {"model": "e00", "messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 2}
-    content = client.post("/v1/chat/completions", json={**chat, "max_tokens": 3}).json()["choices"][0]["logprobs"]["content"]
+    content = client.post("/v1/chat/completions", json={**chat, "max_tokens": 3}).json()["choices"][0]["logprobs"][
+        "content"
+    ]
     assert [len(entry["top_logprobs"]) for entry in content] == [2, 2, 2]
     assert all(bytes(entry["bytes"]).decode("utf-8", "replace") == entry["token"] for entry in content)
 

@@ -35,4 +35,4 @@ def bench(
     command = [sys.executable, str(FOLDER / f"{group}.py")]
     command += ["--device", device] if device else []
     command += ["--full"] if full else []
-    raise SystemExit(subprocess.run(command, check=False).returncode)  # noqa: S603  our own file
+    raise SystemExit(subprocess.run(command, check=False).returncode)

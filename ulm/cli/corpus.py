@@ -47,7 +47,9 @@ def list_() -> None:
     found = []
     for name in artefacts.names(root / "corpora" / "names"):
         corpus = Corpus.open(name, root=root, verify=False)
-        found.append({"name": name, "digest": corpus.digest, "tokens": {s: corpus.num_tokens(s) for s in corpus.splits}})
+        found.append(
+            {"name": name, "digest": corpus.digest, "tokens": {s: corpus.num_tokens(s) for s in corpus.splits}}
+        )
         console.err.print(f"{name:<24} {corpus.digest[:12]}  {sum(found[-1]['tokens'].values()):>14,} tokens")  # type: ignore[attr-defined]
     console.finish({"corpora": found})
 

@@ -55,7 +55,9 @@ def demo(
             _say("1 corpus", "the running Python's own library, cleaned, deduplicated, tokenized with Ray Data")
             corpus = corpus_job.build(_corpus_recipe(files), root=root, near=None, progress=bars.update)
             _say("2 swarm", "a seed, one expert per cluster, and one dense model for comparison, with Ray Train")
-            swarm = swarm_job.train_swarm(_swarm_recipe(tokens, len(files)), root=root, near=None, on_progress=bars.step)
+            swarm = swarm_job.train_swarm(
+                _swarm_recipe(tokens, len(files)), root=root, near=None, on_progress=bars.step
+            )
         if swarm.get("status") == "interrupted":
             console.finish_job(swarm)
         _say("3 endpoint", "every model of the swarm behind one OpenAI-compatible address, with Ray Serve")
@@ -152,6 +154,10 @@ def _verdict(swarm: dict[str, Any]) -> None:
     per_parameter = swarm.get("tokens_per_parameter")
     spent = f"{per_parameter:.1f} tokens per parameter" if per_parameter else "this budget"
     if best == "dense":
-        console.err.print(f"At {spent} the dense model wins: a swarm needs more tokens per parameter (about 10) to win.")
+        console.err.print(
+            f"At {spent} the dense model wins: a swarm needs more tokens per parameter (about 10) to win."
+        )
     else:
-        console.err.print(f"At {spent} the swarm wins by {best}: {mean[best]:.3f} against {mean['dense']:.3f} bits per byte.")
+        console.err.print(
+            f"At {spent} the swarm wins by {best}: {mean[best]:.3f} against {mean['dense']:.3f} bits per byte."
+        )

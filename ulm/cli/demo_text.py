@@ -9,7 +9,17 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-SKIPPED = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "__pycache__", "turtledemo", "pydoc_data"}
+SKIPPED = {
+    "test",
+    "tests",
+    "idle_test",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "__pycache__",
+    "turtledemo",
+    "pydoc_data",
+}
 MIN_DOCSTRING_CHARACTERS = 80
 
 

@@ -21,7 +21,9 @@ from ulm.recipes import ServeRecipe, load_recipe
 DOWN_TIMEOUT_S = 60.0
 UP_TIMEOUT_S = 600.0
 
-serve = typer.Typer(help="Serve a swarm, or single models, behind one OpenAI-compatible endpoint.", no_args_is_help=True)
+serve = typer.Typer(
+    help="Serve a swarm, or single models, behind one OpenAI-compatible endpoint.", no_args_is_help=True
+)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -34,7 +36,9 @@ def up(
     recipe: Recipe,
     overrides: Overrides = [],  # noqa: B006  typer copies it
     address: Address = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Return once the endpoint answers; end it with down.")] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Return once the endpoint answers; end it with down.")
+    ] = False,
 ) -> None:
     """Serve until Ctrl-C. Prints {"url", "models", "pid"} once every model answers.
 
@@ -83,7 +87,7 @@ def _detached(root: Path, recipe: Path, overrides: list[str], address: str | Non
     command += [part for override in overrides for part in ("--set", override)]
     command += ["--address", address] if address else []
     with log.open("wb") as output:
-        child = subprocess.Popen(  # noqa: S603  our own command line
+        child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
     deadline_s = time.monotonic() + UP_TIMEOUT_S
@@ -118,7 +122,8 @@ def down() -> None:
 def _alive(pid: int) -> bool:
     """Whether a process still runs; one that has ended and waits for its parent does not."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[0] != "Z"
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return fields[0] != "Z"
     except FileNotFoundError:
         return False
 

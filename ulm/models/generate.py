@@ -25,7 +25,7 @@ class Generated:
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
-    """A text prompt begins a document, so <|endoftext|> stands before it as in training; token ids are taken as given."""
+    """Ids of a prompt. Text begins a document, so <|endoftext|> stands before it, as in training; ids stay as given."""
     return [tokenizer.eot_id, *tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)
 
 
@@ -59,7 +59,9 @@ def generate(
     max_tokens = min(max_tokens, room(len(prompt_ids), model.spec.context_tokens))
     device = next(model.parameters()).device
     cache, stream = model.new_cache(batch=1), TextStream(tokenizer, stop)
-    text, tokens, logprobs, finish_reason = "", [], [], "length"
+    text, finish_reason = "", "length"
+    tokens: list[int] = []
+    logprobs: list[float] = []
     new_BT = torch.tensor([prompt_ids], device=device)
     while len(tokens) < max_tokens:
         logprobs_V = model.step(new_BT, cache)[0, -1].float().log_softmax(-1).cpu()

@@ -10,6 +10,8 @@ from ulm.recipes.corpus import CorpusRecipe, TokenizerRecipe
 from ulm.recipes.serve import ServeRecipe
 from ulm.recipes.train import SwarmRecipe, TrainRecipe
 
+__all__ = ["RECIPES", "CorpusRecipe", "ServeRecipe", "SwarmRecipe", "TokenizerRecipe", "TrainRecipe", "load_recipe"]
+
 RECIPES: dict[str, type[Recipe]] = {
     "corpus build": CorpusRecipe,
     "tokenizer train": TokenizerRecipe,

@@ -17,7 +17,7 @@ class Train(Section):
     steps: int | None = Field(None, ge=1)
     tokens: int | None = Field(None, ge=1)  # training targets in all
     tokens_per_parameter: float | None = Field(None, gt=0)
-    batch_tokens: int | None = Field(None, ge=1)  # targets of a global batch, a multiple of context_tokens; None: preset
+    batch_tokens: int | None = Field(None, ge=1)  # of a global batch, a multiple of context_tokens; None: preset
     context_tokens: int | None = Field(None, ge=2)  # None: the model's
     workers: int = Field(1, ge=1)
     micro_batch_rows: int | None = Field(None, ge=1)  # rows a worker takes at once; None: by size
@@ -49,19 +49,16 @@ def _kind(slot: str) -> Any:
     return check
 
 
-class TrainRecipe(Recipe):
-    """What `ulm train` needs."""
+class TrainingRecipe(Recipe):
+    """What training one model and training a swarm have in common."""
 
     corpus: str  # name, digest or path
     model: str | dict[str, Any] = "nano"
     train: Train
     optimizer: dict[str, Any] = {"kind": "adamw"}
-    schedule: dict[str, Any] = {"kind": "cosine"}
-    init_from: str | None = None  # a checkpoint: weights only
     resources: Resources = Resources()
 
     check_optimizer = field_validator("optimizer", mode="before")(_kind("optimizer"))
-    check_schedule = field_validator("schedule", mode="before")(_kind("schedule"))
 
     @field_validator("model")
     @classmethod
@@ -70,6 +67,15 @@ class TrainRecipe(Recipe):
 
         ModelSpec.parse(given)
         return given
+
+
+class TrainRecipe(TrainingRecipe):
+    """What `ulm train` needs."""
+
+    schedule: dict[str, Any] = {"kind": "cosine"}
+    init_from: str | None = None  # a checkpoint: weights only
+
+    check_schedule = field_validator("schedule", mode="before")(_kind("schedule"))
 
 
 class Clustering(Section):
@@ -90,17 +96,13 @@ class Evaluation(Section):
     top_k: int = Field(2, ge=1)
 
 
-class SwarmRecipe(TrainRecipe):
-    """What `ulm swarm train` needs: a train recipe whose length is the total over seed and experts."""
+class SwarmRecipe(TrainingRecipe):
+    """What `ulm swarm train` needs. Its length is the total over seed and experts; schedules are the protocol's."""
 
     experts: int = Field(4, ge=1)
     seed_share: float = Field(0.5, gt=0, lt=1)
     controls: list[Literal["dense", "random"]] = ["dense"]
     clustering: Clustering = Clustering()
     evaluation: Evaluation = Evaluation()
-    schedule: None = None  # fixed by the protocol of the comparison
-    init_from: None = None
     warmup_steps: int = Field(10, ge=0)
     parallel: int | None = Field(None, ge=1)  # experts trained side by side; None: as resources allow
-
-    check_schedule = field_validator("schedule", mode="before")(lambda given: given)

@@ -39,7 +39,7 @@ class LoadedMember:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.model.embedding.weight.device  # type: ignore[union-attr,return-value]
+        return next(self.model.parameters()).device
 
     def seat(self, answer: Answer) -> None:
         """Give an answer an empty row."""

@@ -9,7 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from ulm.checkpoints.manifest import read_manifest
 from ulm.components.cache import Cache
 from ulm.errors import ModelNotFoundError, UlmError
 from ulm.models.account import num_parameters
+from ulm.models.decoder import Decoder
 from ulm.models.generate import room
 from ulm.registry import KindConfig, register
 from ulm.swarm.router import Router
@@ -77,7 +78,7 @@ class LocalEngine:
                 continue
             try:
                 busy = self._batch.step()
-            except Exception as error:  # noqa: BLE001  whatever a kernel raises must reach the waiting requests
+            except Exception as error:
                 log.exception("a step failed; its answers end with this error")
                 self._batch.fail_all(error)
                 busy = False
@@ -114,13 +115,17 @@ class LocalEngine:
     async def load(self, member: str, checkpoint: str) -> MemberInfo:
         """Make a member from a checkpoint folder."""
         path = Path(checkpoint)
-        model, tokenizer = await asyncio.to_thread(store.load, path, self._device)
-        model.eval().requires_grad_(False)
+        loaded, tokenizer = await asyncio.to_thread(store.load, path, self._device)
+        model = cast(Decoder, loaded.eval().requires_grad_(False))
         heads = getattr(model.spec.attention, "num_kv_heads", 1)
         row_bytes = 2 * 4 * model.spec.num_layers * heads * model.spec.head_dim * (model.spec.context_tokens + 1)
         max_rows = max(1, min(self.config.max_rows, self.config.kv_cache_bytes // row_bytes))
         info = MemberInfo(
-            str(path), read_manifest(path).digest, model.spec.context_tokens, model.spec.vocab_size, num_parameters(model)
+            str(path),
+            read_manifest(path).digest,
+            model.spec.context_tokens,
+            model.spec.vocab_size,
+            num_parameters(model),
         )
 
         def install() -> MemberInfo:
@@ -137,7 +142,7 @@ class LocalEngine:
         def remove() -> None:
             self._member(member)
             for table in (self._batch.members, self._prefixes, self._infos):
-                table.pop(member)  # type: ignore[attr-defined]
+                table.pop(member)
 
         await self._call(remove)
 
@@ -158,11 +163,12 @@ class LocalEngine:
         loop = asyncio.get_running_loop()
         chunks: asyncio.Queue[TokenChunk | Exception] = asyncio.Queue()
 
+        def emit(chunk: TokenChunk | Exception) -> None:
+            loop.call_soon_threadsafe(chunks.put_nowait, chunk)
+
         def begin() -> Answer:
             router = self._router(request.weights)
-            answer = self._batch.answer(
-                request, router, lambda chunk: loop.call_soon_threadsafe(chunks.put_nowait, chunk) and None
-            )
+            answer = self._batch.answer(request, router, emit)
             self._batch.add(answer)
             return answer
 

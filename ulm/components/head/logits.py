@@ -20,7 +20,8 @@ class LogitsHead(nn.Module):
     def __init__(self, config: Config, dims: ModelDims, tied: nn.Parameter | None) -> None:
         super().__init__()
         self.vocab_size = dims.vocab_size
-        self.weight = tied if tied is not None else nn.Parameter(torch.empty(-(-dims.vocab_size // 64) * 64, dims.d_model))
+        num_rows = -(-dims.vocab_size // 64) * 64  # as the embedding table's
+        self.weight = tied if tied is not None else nn.Parameter(torch.empty(num_rows, dims.d_model))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Scores, as logits_BTV."""
