@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import socket
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,7 +12,7 @@ from ray.serve.schema import LoggingConfig
 
 from serve.gateway import Gateway
 from serve.member import EngineReplica
-from serve.plan import Plan, make_plan
+from serve.plan import Plan
 from ulm.errors import ClusterError
 from ulm.recipes.serve import ServeRecipe
 
@@ -44,9 +43,8 @@ def check_port(host: str, port: int) -> None:
             ) from None
 
 
-def up(recipe: ServeRecipe, *, root: Path, near: Path | None) -> dict[str, Any]:
+def up(plan: Plan, recipe: ServeRecipe) -> dict[str, Any]:
     """Deploy and wait until every member is loaded; {"url", "models"}. Ray must be initialised."""
-    plan = make_plan(recipe, root=root, near=near)
     check_port(recipe.host, recipe.port)
     quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # this process's own share of Serve's log

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ulm.checkpoints import store
+from ulm.checkpoints.manifest import read_manifest, verify
 from ulm.errors import ConfigError
 from ulm.recipes.serve import Budget, ServeRecipe
 from ulm.swarm.manifest import Swarm
@@ -33,11 +34,18 @@ class Plan:
     swarm: Path | None
 
 
+def _verified(checkpoint: Path) -> Path:
+    """The checkpoint, every byte read: damage is said here, before processes are started that would stumble over it."""
+    manifest = read_manifest(checkpoint)
+    verify(checkpoint, manifest, *manifest.files)
+    return checkpoint
+
+
 def make_plan(recipe: ServeRecipe, *, root: Path, near: Path | None) -> Plan:
     """Look up what the recipe names; ConfigError or ArtefactError where something is missing or damaged."""
     router: Path | None = None
     if recipe.swarm is not None:
-        swarm = Swarm.open(recipe.swarm, root=root, near=near, verify=False)  # engines verify what they load
+        swarm = Swarm.open(recipe.swarm, root=root, near=near)
         members = {
             name: PlannedMember(swarm.checkpoint(name), entry.cluster, entry.domain)
             for name, entry in swarm.members.items()
@@ -48,7 +56,7 @@ def make_plan(recipe: ServeRecipe, *, root: Path, near: Path | None) -> Plan:
     else:
         members = {
             name: PlannedMember(
-                store.resolve(member.checkpoint, root=root, near=near, place=f"members.{name}.checkpoint")
+                _verified(store.resolve(member.checkpoint, root=root, near=near, place=f"members.{name}.checkpoint"))
             )
             for name, member in recipe.members.items()
         }

@@ -163,7 +163,12 @@ def _fit(stages: tuple[Stage, ...], name: str, workers: int, resources: Resource
     except TrainingFailedError as error:
         causes = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
         ours = next((found for cause in causes if (found := _ours(cause)) is not None), None)
-        raise ours or TrainingError(f"{name}: {error}; running it again resumes it") from error
+        if ours is None:
+            last = (
+                str(error).strip().rpartition("\n")[2]
+            )  # a traceback's error, or how the process died; the rest is chained
+            ours = TrainingError(f"{name}: a worker failed, running it again resumes it: {last[:300]}")
+        raise ours from error
 
 
 def _ours(error: BaseException | None) -> UlmError | None:

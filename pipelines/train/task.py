@@ -93,6 +93,8 @@ class Stage:
 def resolve(recipe: TrainRecipe, *, root: Path, near: Path | None = None) -> TrainTask:
     """The task that a recipe means; ConfigError where its parts do not fit each other or the corpus."""
     corpus = Corpus.open(recipe.corpus, root=root, near=near, place="corpus")
+    if not corpus.num_tokens("train"):
+        raise ConfigError("corpus", f"{corpus.folder} has no training documents", "build it with other split shares")
     init_from = store.resolve(recipe.init_from, root=root, near=near, place="init_from") if recipe.init_from else None
     spec = _spec(recipe, corpus, init_from)
     train = recipe.train

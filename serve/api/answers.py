@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -45,8 +46,8 @@ def ledger_json(ledger: Ledger) -> dict[str, Any]:
     return {"strategy": ledger.strategy, "calls": calls, "budget": budget, "degraded": ledger.degraded}
 
 
-class Shape:
-    """What differs between completions and chat completions. `new_id` makes the id of one response."""
+class Shape(ABC):
+    """What differs between completions and chat completions; one object shapes one response."""
 
     object_name: str
     chunk_name: str
@@ -79,11 +80,11 @@ class Shape:
         """A chunk before the first token, where the shape has one."""
         return None
 
-    def _choice(self, choice: Choice) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _choice(self, choice: Choice) -> dict[str, Any]: ...
 
-    def _delta(self, index: int, chunk: TokenChunk, before: Choice) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _delta(self, index: int, chunk: TokenChunk, before: Choice) -> dict[str, Any]: ...
 
     def _token(self, token: int) -> str:
         return self._tokenizer.decode([token])

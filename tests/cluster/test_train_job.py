@@ -156,7 +156,7 @@ def test_a_killed_worker_ends_the_run_by_name_and_it_resumes_where_it_was_saved(
         if step == 7:
             os.kill(train_worker(), signal.SIGKILL)
 
-    with pytest.raises(TrainingError, match="killed: .*running it again resumes it"):
+    with pytest.raises(TrainingError, match="killed: a worker failed, running it again resumes it: .*process has died"):
         job.run_task(endless, resources=ONE_CPU, on_progress=kill)
     saved = store.newest(endless.folder)
     assert saved is not None

@@ -34,6 +34,7 @@ def served(swarm: Swarm) -> Iterator[dict[str, Any]]:
     import ray
 
     from serve import app
+    from serve.plan import make_plan
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     recipe = validate(
@@ -41,7 +42,7 @@ def served(swarm: Swarm) -> Iterator[dict[str, Any]]:
         {"name": "t", "swarm": str(swarm.folder), "port": free_port(), "cpus": 0.5, "members_per_engine": 3},
     )
     try:
-        yield app.up(recipe, root=Path("unused"), near=None)
+        yield app.up(make_plan(recipe, root=Path("unused"), near=None), recipe)
     finally:
         app.down()
         ray.shutdown()

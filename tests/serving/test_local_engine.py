@@ -193,6 +193,18 @@ def test_score_equals_the_models_own_logprobs(swarm: Swarm, with_engine: Callabl
         assert np.allclose(row_V, logprobs_TV[n - 1].numpy(), atol=FP32_BATCHING)
 
 
+def test_an_embedding_is_the_mean_of_the_last_states(swarm: Swarm, with_engine: Callable[..., Any]) -> None:
+    model, tokenizer = load(swarm, "e00")
+    tokens = prompt_tokens(tokenizer, "import json")
+
+    async def body(engine: Any) -> Any:
+        return await engine.embed("e00", tokens)
+
+    with torch.no_grad():
+        oracle = model.hidden(torch.tensor([tokens]))[0].mean(0)
+    assert np.allclose(with_engine(body), oracle.numpy(), atol=FP32_BATCHING)
+
+
 def test_reload_gives_new_weights_to_new_answers(swarm: Swarm, with_engine: Callable[..., Any]) -> None:
     tokenizer = load(swarm, "e00")[1]
 

@@ -46,6 +46,7 @@ def demo(
     from pipelines import swarm_job
     from pipelines.corpus import job as corpus_job
     from serve import app as serve_app
+    from serve.plan import make_plan
 
     files = demo_text.write(root / "demo-text")
     port = port or _free_port()
@@ -63,7 +64,7 @@ def demo(
         _say("3 endpoint", "every model of the swarm behind one OpenAI-compatible address, with Ray Serve")
         try:
             recipe = validate(ServeRecipe, {"name": NAME, "swarm": NAME, "port": port})
-            served = serve_app.up(recipe, root=root, near=None)
+            served = serve_app.up(make_plan(recipe, root=root, near=None), recipe)
             console.err.print(f"{served['url']}  models: {', '.join(served['models'])}")
             answers = [_ask(served["url"], PROMPTS[domain]) for domain in files]
         finally:

@@ -59,7 +59,7 @@ def generate(
         seed=seed,
         stop=stop,
     )
-    console.err.print(f"[dim]{prompt}[/dim]", end="", markup=True)
+    console.err.print(prompt, style="dim", end="", markup=False)
     console.err.print(result.text, markup=False)
     console.finish({"text": result.text, "tokens": result.tokens, "logprobs": result.logprobs})
 

@@ -54,12 +54,12 @@ def up(
     from serve import app as serve_app
     from serve.plan import make_plan
 
-    make_plan(loaded, root=root, near=recipe.parent)  # what is wrong with it is said before Ray starts
+    plan = make_plan(loaded, root=root, near=recipe.parent)  # what is wrong with it is said before Ray starts
     serve_app.check_port(loaded.host, loaded.port)
     with cluster.session(root, address, dashboard=True) as ray_address:
         try:
             with console.err.status("starting the engines"):
-                started = serve_app.up(loaded, root=root, near=recipe.parent)
+                started = serve_app.up(plan, loaded)
             state = {**started, "pid": os.getpid()}
             cluster.remember(root, {**state, "ray_address": ray_address, "name": loaded.name})
             console.err.print(f"serving {', '.join(started['models'])} at [bold]{started['url']}[/]; Ctrl-C ends it")
