@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -20,9 +21,13 @@ from pipelines.train.task import Stage, TrainTask, resolve
 from tests.written_corpus import written_corpus
 from ulm.checkpoints import store
 from ulm.checkpoints.manifest import read_manifest
+from ulm.corpus.manifest import Corpus
+from ulm.corpus.order import Order, batch_digest
+from ulm.corpus.rows import RowPlan
 from ulm.errors import ConfigError, TrainingError
 from ulm.recipes.base import validate
 from ulm.recipes.train import TrainRecipe
+from ulm.registry import configure
 
 WORDS = "the small model learns what a text is made of and then says how likely the next word will be".split()
 TEXTS = [" ".join(WORDS[(i * k + k) % len(WORDS)] for k in range(12)) + f". {i}\n" for i in range(60)]
@@ -68,8 +73,6 @@ def test_the_loss_falls_and_each_step_stands_in_the_metrics_once(task):
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(task, schedule):
-    from ulm.registry import configure
-
     fields = {"schedule": configure("schedule", schedule), "num_steps": 7}
     whole = train(task("whole", **fields))
     stopping = iter([False, False, False, True])
@@ -95,8 +98,6 @@ def test_killed_without_notice_a_run_resumes_with_the_same_batches_each_step_onc
         "task = pickle.load(open(sys.argv[1], 'rb'))\n"
         "train(task, on_step=lambda f: os.kill(os.getpid(), signal.SIGKILL) if f.step == 6 else None)\n"
     )
-    import pickle
-
     (tmp_path / "task").write_bytes(pickle.dumps(killed))
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "task")], cwd=os.getcwd())
     assert done.returncode == -signal.SIGKILL
@@ -147,8 +148,6 @@ def test_a_corpus_without_val_has_no_bits_per_byte(root):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(task):
-    from ulm.registry import configure
-
     wild = task(num_steps=60, checkpoint_every_steps=1, optimizer=configure("optimizer", {"kind": "adamw", "lr": 1e18}))
     with pytest.raises(TrainingError, match=r"a: step \d+: loss .*not finite; the last checkpoint is .*step-0000"):
         train(wild)
@@ -169,18 +168,16 @@ def test_init_from_takes_weights_and_neither_optimizer_nor_step(task, root):
 
 
 def test_chosen_documents_are_trained_on_alone(task, tmp_path):
-    np.save(tmp_path / "chosen.npy", np.array([3, 4]))
-    chosen = task(documents=tmp_path / "chosen.npy", num_steps=1, batch_tokens=64 * 4)
-    train(chosen)
-    corpus_lengths = [len(text) + 1 for text in TEXTS[10:]]
-    epoch = corpus_lengths[3] + corpus_lengths[4]
-    (tokens,) = lines(chosen, "tokens")[0]
-    assert 0 < tokens <= -(-256 // epoch + 1) * epoch and tokens != lines_of_all(task)
-
-
-def lines_of_all(task) -> int:
-    train(task("all", num_steps=1))
-    return lines(task("all"), "tokens")[0][0]
+    chosen = np.array([3, 4, 17, 52])  # the last is of val
+    np.save(tmp_path / "chosen.npy", chosen)
+    expert = task(documents=tmp_path / "chosen.npy", num_steps=3)
+    train(expert)
+    corpus = Corpus.read(expert.corpus)
+    plan = RowPlan.make(corpus, "train", context_tokens=64, documents=chosen)
+    order = Order(plan.classes, seed=0)
+    batches = [order.rows(4 * step, 4) for step in range(3)]
+    assert lines(expert, "batch_digest") == [(batch_digest(rows),) for rows in batches]
+    assert lines(expert, "step_tokens") == [(plan.num_targets(rows).sum(),) for rows in batches]
 
 
 def test_a_run_that_goes_on_takes_the_rows_after_those_of_the_first(task):
