@@ -1,10 +1,10 @@
-"""A real corpus folder from given texts, in a second and without Ray: `from tests.written_corpus import …`."""
+"""Real corpus folders from given texts, in a second and without Ray: `from tests.written_corpus import …`."""
 
 from __future__ import annotations
 
 import ast
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,63 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ulm import artefacts
-from ulm.corpus.manifest import DOCUMENTS, Corpus, token_dtype
+from ulm.corpus.manifest import DOCUMENTS, SPLITS, Corpus, token_dtype
 from ulm.tokenizers.byte import byte_tokenizer
 from ulm.tokenizers.tokenizer import Tokenizer
+
+
+def write_corpus(
+    root: Path,
+    documents: Iterable[tuple[str, str, str]],
+    tokenizer: Tokenizer | None = None,
+    name: str = "tiny",
+    weights: Mapping[str, float] | None = None,  # of sources; 1 where it says nothing
+) -> Corpus:
+    """The corpus of (domain, split, text) documents; each domain is a source of its own. Bytes are the tokens."""
+    tokenizer = tokenizer or byte_tokenizer()
+    rows, tokens = [], {split: [] for split in SPLITS}
+    for number, (domain, split, text) in enumerate(documents):
+        encoded = tokenizer.encode(text)
+        rows.append(
+            {
+                "id": f"{domain}/{number}",
+                "source": domain,
+                "domain": domain,
+                "licence": "CC0-1.0",
+                "path": f"{domain}.txt",
+                "offset": number,
+                "split": split,
+                "first_token": len(tokens[split]),
+                "num_tokens": len(encoded),
+                "num_source_tokens": 0,
+                "num_bytes": len(text.encode()),
+            }
+        )
+        tokens[split] += encoded
+    dtype = token_dtype(tokenizer.vocab_size)
+    shards = {split: [f"{split}-00000.bin"] for split in SPLITS if tokens[split]}
+    sources = [{"name": n, "weight": (weights or {}).get(n, 1.0)} for n in sorted({row["source"] for row in rows})]
+    content = {"documents": artefacts.digest_json(rows), "tokens": artefacts.digest_json(tokens), "sources": sources}
+    place = root / "corpora" / artefacts.digest_json(content)
+    with artefacts.new_folder(place) as folder:
+        pq.write_table(pa.Table.from_pylist(rows), folder / DOCUMENTS)
+        tokenizer.write(folder)
+        for split, names in shards.items():
+            np.array(tokens[split], dtype=dtype).tofile(folder / names[0])
+        manifest = {
+            "format_version": artefacts.FORMAT_VERSION,
+            "digest": place.name,
+            "name": name,
+            "content": content,
+            "tokens": {split: len(tokens[split]) for split in shards},
+            "shards": shards,
+            "dtype": dtype.str,
+            "sources": sources,
+            "files": artefacts.digest_files(folder),
+        }
+        artefacts.write_json(folder / "manifest.json", manifest)
+    artefacts.point(root / "corpora" / "names" / name, place)
+    return Corpus.read(place)
 
 
 def written_corpus(
@@ -25,50 +79,10 @@ def written_corpus(
     tokenizer: Tokenizer | None = None,
     sources: Mapping[str, float] | None = None,  # source to weight; documents take turns among them
 ) -> Corpus:
-    """The corpus of these documents, stored under `root` and named."""
-    tokenizer, weights = tokenizer or byte_tokenizer(), dict(sources or {"text": 1.0})
-    dtype = token_dtype(tokenizer.vocab_size)
-    rows, tokens = [], {}
-    for split, texts in documents.items():
-        encoded = tokenizer.encode_batch(list(texts))
-        tokens[split] = np.array([t for ids in encoded for t in ids], dtype)
-        first = 0
-        for number, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
-            source = list(weights)[number % len(weights)]
-            row = {
-                "id": f"{split}-{number}",
-                "source": source,
-                "domain": source,
-                "licence": "none",
-                "path": "",
-                "offset": number,
-            }
-            counts = {"num_tokens": len(ids), "num_source_tokens": 0, "num_bytes": len(text.encode())}
-            rows.append({**row, "split": split, "first_token": first, **counts})
-            first += len(ids)
-    content = {"texts": artefacts.digest_json({s: list(t) for s, t in documents.items()}), "weights": weights}
-    digest = artefacts.digest_json({**content, "tokenizer": tokenizer.digest})
-    content["tokenizer"] = tokenizer.digest
-    place = root / "corpora" / digest
-    with artefacts.new_folder(place) as folder:
-        for split, array in tokens.items():
-            array.tofile(folder / f"{split}-00000.bin")
-        pq.write_table(pa.Table.from_pylist(rows), folder / DOCUMENTS)
-        tokenizer.write(folder)
-        manifest = {
-            "format_version": artefacts.FORMAT_VERSION,
-            "digest": digest,
-            "name": name,
-            "content": content,
-            "tokens": {split: len(array) for split, array in tokens.items()},
-            "shards": {split: [f"{split}-00000.bin"] if len(array) else [] for split, array in tokens.items()},
-            "sources": [{"name": source, "weight": weight} for source, weight in weights.items()],
-            "dtype": dtype.str,
-            "files": artefacts.digest_files(folder),
-        }
-        artefacts.write_json(folder / "manifest.json", manifest)
-    artefacts.point(root / "corpora" / "names" / name, place)
-    return Corpus.open(name, root=root)
+    """The corpus of these documents, whose domains do not matter."""
+    turns = list(sources or {"text": 1.0})
+    rows = [(turns[n % len(turns)], split, text) for split, texts in documents.items() for n, text in enumerate(texts)]
+    return write_corpus(root, rows, tokenizer, name, sources)
 
 
 def stdlib_docstrings(num_modules: int) -> list[str]:

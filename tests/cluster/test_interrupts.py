@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_corpus import write_corpus
+from tests.written_corpus import write_corpus
 
 ULM = [sys.executable, "-m", "ulm.cli.main"]
 TIMEOUT_S = 120.0

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.tiny_corpus import write_corpus
+from tests.written_corpus import write_corpus
 
 CHECKOUT = Path(__file__).parents[2]
 TRAIN = ["corpus=tiny", "train={steps: 3, batch_tokens: 256, context_tokens: 64}"]

@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from pipelines.swarm_job import train_swarm
-from tests.tiny_corpus import write_corpus
+from tests.written_corpus import write_corpus
 from ulm import artefacts
 from ulm.checkpoints import store
 from ulm.checkpoints.manifest import read_manifest

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipelines.corpus.domains import BALANCE_SLACK, assign_balanced, balanced_kmeans, cluster_corpus
-from tests.tiny_corpus import write_corpus
+from tests.written_corpus import write_corpus
 from ulm.errors import ArtefactError, ConfigError
 from ulm.recipes.train import Clustering
 from ulm.swarm.router import Router

@@ -11,7 +11,7 @@ import torch
 import ulm
 from pipelines.corpus.domains import cluster_corpus
 from pipelines.evaluate import CONTEXT, HeldOut, evaluate_swarm, held_out, score, window_weights
-from tests.tiny_corpus import write_corpus
+from tests.written_corpus import write_corpus
 from ulm.checkpoints import store
 from ulm.corpus.manifest import Corpus
 from ulm.errors import CorpusError

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipelines.swarm_plan import Plan, plan_swarm
-from tests.tiny_corpus import write_corpus
+from tests.written_corpus import write_corpus
 from ulm.errors import ConfigError
 from ulm.recipes.base import validate
 from ulm.recipes.train import SwarmRecipe

@@ -83,12 +83,7 @@ def _follow(client: Any, job: str) -> None:
 @runs.command("list")
 def list_() -> None:
     """All training runs under this root, with their last step."""
-    folder = runtime.root() / "runs"
-    found = (
-        [_summary(path) for path in sorted(folder.iterdir()) if (path / "task.json").is_file()]
-        if folder.is_dir()
-        else []
-    )
+    found = [_summary(path.parent) for path in sorted((runtime.root() / "runs").glob("*/task.json"))]
     for run in found:
         loss = f"{run['loss']:.4f}" if run["loss"] is not None else "-"
         console.err.print(f"{run['run']:<28} step {run['step']:>8}  loss {loss}")
