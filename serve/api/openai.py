@@ -118,11 +118,12 @@ class Answering:
     ) -> AsyncIterator[str]:
         choices = [Choice(i, len(r.tokens)) for i, r in enumerate(requests)]
         ledger, held, outcome = Ledger(tags["strategy"]), None, "cancelled"
+        chained = _chain(first, answer)
         try:
             for choice in choices:
                 if (opening := shape.opening(choice.index)) is not None:
                     yield _event(opening)
-            async for index, item in _chain(first, answer):
+            async for index, item in chained:
                 if isinstance(item, Ledger):
                     ledger = _joined(ledger, item)
                     if held is not None and index == len(choices) - 1 and not body.include_usage:
@@ -145,6 +146,7 @@ class Answering:
             outcome = "failed"
             yield _event(error_body(str(error) or type(error).__name__, "server_error"))
         finally:
+            await chained.aclose()  # type: ignore[attr-defined]  # a client that left frees its rows now
             self._finish(tags, choices, ledger, started_s, outcome)
 
     def _count(self, tags: dict[str, str], outcome: str, started_s: float) -> None:

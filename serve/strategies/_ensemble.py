@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 from dataclasses import replace
 
 import numpy as np
@@ -72,9 +73,9 @@ async def ensemble(
         chunks = chosen[0].engine.generate(request)
     else:
         chunks = step_loop(request, weights, {m.id: m for m in chosen}, context.router)
-    async for chunk in chunks:
-        account(ledger, chunk)
-        yield chunk
+    async with aclosing(accounted(chunks, ledger)) as reported:  # type: ignore[type-var]
+        async for chunk in reported:
+            yield chunk
     yield ledger
 
 
@@ -88,11 +89,14 @@ def within(request: GenerateRequest, budget: Budget, num_members: int, ledger: L
     return request
 
 
-def account(ledger: Ledger, chunk: TokenChunk) -> None:
-    """Enter what a last chunk reports."""
-    ledger.calls.extend(chunk.calls)
-    if chunk.degraded:
-        ledger.degraded.append(chunk.degraded)
+async def accounted(chunks: AsyncIterator[TokenChunk], ledger: Ledger) -> AsyncIterator[TokenChunk]:
+    """The chunks, with what the last one reports entered. A client that leaves ends the engine's work at once."""
+    async with aclosing(chunks):  # type: ignore[type-var]
+        async for chunk in chunks:
+            ledger.calls.extend(chunk.calls)
+            if chunk.degraded:
+                ledger.degraded.append(chunk.degraded)
+            yield chunk
 
 
 async def step_loop(

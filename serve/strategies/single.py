@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 from dataclasses import replace
 
 from serve.contracts import GenerateRequest, Ledger, Member, SwarmContext, TokenChunk
-from serve.strategies._ensemble import account, within
+from serve.strategies._ensemble import accounted, within
 from ulm.recipes.serve import Budget
 from ulm.registry import KindConfig, register
 
@@ -35,7 +36,7 @@ class Single:
         member = members[self.member or next(iter(members))]
         ledger = Ledger("single", budget=budget)
         request = within(replace(request, weights={member.id: 1.0}), budget, 1, ledger)
-        async for chunk in member.engine.generate(request):
-            account(ledger, chunk)
-            yield chunk
+        async with aclosing(accounted(member.engine.generate(request), ledger)) as reported:  # type: ignore[type-var]
+            async for chunk in reported:
+                yield chunk
         yield ledger

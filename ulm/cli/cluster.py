@@ -6,8 +6,10 @@ import json
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,17 @@ def running(root: Path) -> dict[str, Any] | None:
     return state
 
 
+@dataclass(frozen=True)
+class Session:
+    """A connection to a cluster; `is_own` says that the cluster was started for it and ends with it."""
+
+    address: str
+    is_own: bool
+
+
 @contextmanager
-def session(root: Path, address: str | None, *, dashboard: bool = False) -> Iterator[str]:
-    """A connection to a cluster for the time of the block, as its address. A cluster started here ends with it."""
+def session(root: Path, address: str | None, *, dashboard: bool = False) -> Iterator[Session]:
+    """A connection to a cluster for the time of the block. What Ray prints there goes to stderr."""
     runtime.set_variable("RAY_DEDUP_LOGS", "0")
     runtime.set_variable("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default; without it, it warns
     runtime.set_variable("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
@@ -64,7 +74,8 @@ def session(root: Path, address: str | None, *, dashboard: bool = False) -> Iter
         raise ClusterError(f"no Ray cluster at {address or 'this machine'}: {error}") from None
     signal.signal(signal.SIGTERM, on_sigterm)  # ray.init replaces it by one that prints a C++ stack and exits
     try:
-        yield str(context.address_info["gcs_address"])
+        with redirect_stdout(sys.stderr):  # Ray reports errors of its actors on stdout, which is for results
+            yield Session(str(context.address_info["gcs_address"]), is_own=address is None)
     finally:
         ray.shutdown()
 

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -22,15 +22,16 @@ class Terminated(BaseException):
     """SIGTERM as an exception, so that every `finally` on the way out is run."""
 
 
-def finish(value: dict[str, Any]) -> None:
-    """Print the result as the last line of stdout."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
-    sys.stdout.flush()
+def finish(value: dict[str, Any], out: TextIO | None = None) -> None:
+    """Print the result as the last line of stdout; `out` is stdout as it was, where it is redirected meanwhile."""
+    out = out or sys.stdout
+    out.write(json.dumps(value, ensure_ascii=False) + "\n")
+    out.flush()
 
 
-def finish_job(result: dict[str, Any]) -> None:
+def finish_job(result: dict[str, Any], out: TextIO | None = None) -> None:
     """Print a job's result; a job that was interrupted after saving ends with 143."""
-    finish(result)
+    finish(result, out)
     if result.get("status") == "interrupted":
         raise SystemExit(EXIT_TERMINATED)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +34,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def demo(
-    tokens: Annotated[int, typer.Option(min=20_000, help="Training tokens of seed and experts together.")] = 1_200_000,
+    tokens: Annotated[int, typer.Option(min=20_000, help="Training tokens of seed and experts together.")] = 1_000_000,
     port: Annotated[int | None, typer.Option(help="Of the endpoint; any free one by default.")] = None,
     address: Address = None,
 ) -> None:
@@ -51,7 +52,8 @@ def demo(
     files = demo_text.write(root / "demo-text")
     port = port or _free_port()
     serve_app.check_port("127.0.0.1", port)
-    with session(root, address):
+    out = sys.stdout
+    with session(root, address) as joined:
         with console.bars() as bars:
             _say("1 corpus", "the running Python's own library, cleaned, deduplicated, tokenized with Ray Data")
             corpus = corpus_job.build(_corpus_recipe(files), root=root, near=None, progress=bars.update)
@@ -60,7 +62,7 @@ def demo(
                 _swarm_recipe(tokens, len(files)), root=root, near=None, on_progress=bars.step
             )
         if swarm.get("status") == "interrupted":
-            console.finish_job(swarm)
+            console.finish_job(swarm, out)
         _say("3 endpoint", "every model of the swarm behind one OpenAI-compatible address, with Ray Serve")
         try:
             recipe = validate(ServeRecipe, {"name": NAME, "swarm": NAME, "port": port})
@@ -68,7 +70,8 @@ def demo(
             console.err.print(f"{served['url']}  models: {', '.join(served['models'])}")
             answers = [_ask(served["url"], PROMPTS[domain]) for domain in files]
         finally:
-            serve_app.down()
+            if not joined.is_own:  # a cluster of our own ends as a whole
+                serve_app.down()
     _show(answers)
     console.err.print(comparison(swarm["bits_per_byte"]))
     _verdict(swarm)
@@ -119,6 +122,7 @@ def _swarm_recipe(tokens: int, num_domains: int) -> SwarmRecipe:
             "model": {"preset": "nano"},
             "train": {"tokens": tokens, "batch_tokens": 4096, "context_tokens": 256},
             "experts": max(3, num_domains),
+            "evaluation": {"tokens_per_domain": 10_000},
         },
     )
 

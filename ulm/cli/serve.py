@@ -56,18 +56,20 @@ def up(
 
     plan = make_plan(loaded, root=root, near=recipe.parent)  # what is wrong with it is said before Ray starts
     serve_app.check_port(loaded.host, loaded.port)
-    with cluster.session(root, address, dashboard=True) as ray_address:
+    out = sys.stdout
+    with cluster.session(root, address, dashboard=True) as joined:
         try:
             with console.err.status("starting the engines"):
                 started = serve_app.up(plan, loaded)
             state = {**started, "pid": os.getpid()}
-            cluster.remember(root, {**state, "ray_address": ray_address, "name": loaded.name})
+            cluster.remember(root, {**state, "ray_address": joined.address, "name": loaded.name})
             console.err.print(f"serving {', '.join(started['models'])} at [bold]{started['url']}[/]; Ctrl-C ends it")
-            console.finish(state)
+            console.finish(state, out)
             _wait()
         finally:
             cluster.forget(root)
-            serve_app.down()
+            if not joined.is_own:  # a cluster of our own ends as a whole
+                serve_app.down()
 
 
 def _wait() -> None:
