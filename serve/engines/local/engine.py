@@ -16,7 +16,9 @@ import torch
 from pydantic import Field
 
 from serve.contracts import GenerateRequest, MemberInfo, RouterWeights, TokenChunk
-from serve.engines.local.batch import Answer, Batch, LoadedMember
+from serve.engines.local.answer import Answer
+from serve.engines.local.batch import Batch
+from serve.engines.local.member import LoadedMember
 from ulm import runtime
 from ulm.checkpoints import store
 from ulm.checkpoints.manifest import read_manifest
