@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import reprlib
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -85,6 +87,8 @@ def new_folder(place: Path) -> Iterator[Path]:
         try:
             os.rename(partial, place)
         except OSError:
+            if place.exists() and not place.is_dir():
+                raise ArtefactError(f"{place}: is a file where a folder is to be made; move it away") from None
             if not place.is_dir():
                 raise
     finally:
@@ -99,7 +103,7 @@ def read_manifest(folder: Path, what: str) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtefactError(f"{folder}: no {what} here (manifest.json is missing)") from None
-    except (ValueError, NotADirectoryError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise ArtefactError(f"{path}: not a readable manifest: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
         found = manifest.get("format_version") if isinstance(manifest, dict) else None
@@ -129,27 +133,41 @@ def point(pointer: Path, target: Path) -> None:
 
 def follow(pointer: Path) -> Path:
     """Where a name points to."""
-    return (pointer.parent / pointer.read_text(encoding="utf-8").strip()).resolve()
+    try:
+        target = pointer.read_text(encoding="utf-8").strip()
+        check_path(target, str(pointer))
+    except (UnicodeDecodeError, ConfigError):
+        raise ArtefactError(f"{pointer}: not a readable pointer; remove it, or point the name anew") from None
+    return (pointer.parent / target).resolve()
+
+
+def _pointers(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("*") if p.is_file() and not p.name.endswith(PARTIAL))
 
 
 def names(folder: Path) -> dict[str, Path]:
     """All names in a folder of pointers, with where they point."""
-    if not folder.is_dir():
-        return {}
-    return {p.name: follow(p) for p in sorted(folder.iterdir()) if p.is_file() and not p.name.endswith(PARTIAL)}
+    return {p.name: follow(p) for p in _pointers(folder)}
+
+
+def check_path(text: str, place: str) -> None:
+    """ConfigError for a text that no path can be: empty, too long, or with a NUL."""
+    if not text or "\0" in text or any(len(os.fsencode(part)) > 255 for part in text.split("/")) or len(text) > 4_000:
+        raise ConfigError(place, f"{reprlib.repr(text)} cannot be a path or a name")
 
 
 def find(text: str, *, folder: Path, names_in: Path, what: str, place: str, near: Path | None = None) -> Path:
     """An artefact given as a path (absolute, relative to `near`, or to the root), a name, a digest or its beginning."""
     root = folder.parent
+    check_path(text, place)
     pointer = names_in / text
     if "/" not in text and pointer.is_file():  # before paths: a folder that happens to have the name hides nothing
         return follow(pointer)
-    for candidate in ([near / text] if near else []) + [Path(text).expanduser(), root / text]:
+    for candidate in ([near / text] if near else []) + [Path(text), root / text]:
         if candidate.is_dir():
             return candidate.resolve()
-    matches = [p for p in folder.glob(f"{text}*") if p.is_dir() and len(p.name) == 64] if len(text) >= 8 else []
+    matches = list(folder.glob(f"{text}*")) if re.fullmatch("[0-9a-f]{8,64}", text) else []
     if len(matches) == 1:
         return matches[0]
-    known = ", ".join(names(names_in)) or "none yet"
+    known = ", ".join(p.name for p in _pointers(names_in)) or "none yet"
     raise ConfigError(place, f"no {what} {text!r}", f"a path, a digest, or one of these names: {known}")

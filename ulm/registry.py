@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import reprlib
 from collections.abc import Callable
 from importlib import util
 from typing import Any, TypeVar
@@ -101,7 +102,9 @@ def configure(slot: str, given: Any) -> KindConfig:
     if isinstance(given, str):
         given = {"kind": given}
     if not isinstance(given, dict) or not isinstance(given.get("kind"), str):
-        raise ConfigError(slot, f"{given!r} names no kind", f"for example {{kind: {(kinds(slot) or ['?'])[0]}}}")
+        raise ConfigError(
+            slot, f"{reprlib.repr(given)} names no kind", f"for example {{kind: {(kinds(slot) or ['?'])[0]}}}"
+        )
     config: type[KindConfig] = find(slot, given["kind"]).Config
     try:
         return config(**given)
@@ -111,7 +114,8 @@ def configure(slot: str, given: Any) -> KindConfig:
 
 def config_error(error: ValidationError, model: type[BaseModel], place: str = "") -> ConfigError:
     """The first problem of a pydantic error as ours: the place, the value, and a guess for an unknown key."""
-    first = error.errors(include_url=False)[0]
+    # a misspelled key is both unknown and missing; the first says more
+    first = min(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
         return cause
@@ -122,9 +126,10 @@ def config_error(error: ValidationError, model: type[BaseModel], place: str = ""
         return ConfigError(where, "unknown key", did_you_mean(path[-1], fields) if fields else "")
     if first["type"] == "missing":
         return ConfigError(where, "is missing")
-    given = repr(first["input"])
     message = first["msg"].removeprefix("Value error, ")
-    return ConfigError(where, f"{given if len(given) < 80 else given[:77] + '...'}: {message}")
+    return ConfigError(
+        where, f"{reprlib.repr(first['input'])}: {message}"
+    )  # bounded: anchors can make a small file huge
 
 
 def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:

@@ -36,6 +36,10 @@ Progress = Callable[[int, int, dict[str, Any]], None]  # step, steps, the line o
 RunProgress = Callable[[str, int, int, dict[str, Any]], None]  # the same, after the run's name
 EXIT_FAILED, EXIT_WRONG_RECIPE, EXIT_INTERRUPTED = 1, 2, 143
 POLL_S = 0.3
+# Ray 2.60's PlacementGroupCleaner takes a controller for dead while the state API of a new cluster knows no actor yet
+# (is_actor_alive gives None), and removes the workers' placement group. Seen on a busy machine.
+GROUP_REMOVED = "placement group was removed"
+MAX_ATTEMPTS = 3
 CONTROLLER_POLL_S = "0.5"  # Ray's 2 s is how late it sees that workers are done
 
 
@@ -137,7 +141,7 @@ def stopping(run_folders: Sequence[Path]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _fit(stages: tuple[Stage, ...], name: str, workers: int, resources: Resources) -> None:
+def _fit(stages: tuple[Stage, ...], name: str, workers: int, resources: Resources, attempt: int = 1) -> None:
     """Run the workers to the end. An error of ours comes out as it was raised on its worker."""
     runs = stages[0].tasks[0].folder.parent
     # Ray's list of checkpoints: we find the newest ourselves, and Ray would not start once one on its list is pruned.
@@ -161,6 +165,10 @@ def _fit(stages: tuple[Stage, ...], name: str, workers: int, resources: Resource
     try:
         trainer.fit()
     except TrainingFailedError as error:
+        if GROUP_REMOVED in str(error) and attempt < MAX_ATTEMPTS:
+            log.warning("Ray took the workers of %s away while they started; starting them again", name)
+            _fit(stages, name, workers, resources, attempt + 1)
+            return
         causes = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
         ours = next((found for cause in causes if (found := _ours(cause)) is not None), None)
         if ours is None:

@@ -8,13 +8,26 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ulm.models.sampling import MAX_SEED
 from ulm.recipes.serve import Budget
 
 MAX_TOP_LOGPROBS = 20
-Token = Annotated[int, Field(ge=0)]
+MAX_PROMPTS = 64
+
+
+def _valid_unicode(text: str) -> str:
+    """JSON can spell half of a surrogate pair, which is no text."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("is not valid Unicode: it holds a lone surrogate") from None
+    return text
+
+
+Token = Annotated[int, Field(ge=0, strict=True)]  # strict: ["12"] is a text, not a token
+Text = Annotated[str, AfterValidator(_valid_unicode)]
 
 
 class Body(BaseModel):
@@ -44,12 +57,12 @@ class StreamOptions(Body):
 class GenerationBody(Body):
     """What completions and chat completions share."""
 
-    model: str
+    model: str = Field(max_length=200)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int | None = Field(None, ge=1)  # not OpenAI's; vLLM and others have it here
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None  # accepted for clients that send it; not used
@@ -91,12 +104,18 @@ class GenerationBody(Body):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: str | list[Token] | list[str] | list[list[Token]] = Field("", union_mode="left_to_right")
+    prompt: Text | list[Token] | list[Text] | list[list[Token]] = Field("", union_mode="left_to_right")
     max_tokens: int = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
     suffix: None = None
+
+    @model_validator(mode="after")
+    def _some_prompts(self) -> Self:
+        if isinstance(self.prompt, list) and not 0 < len(self.prompts()) <= MAX_PROMPTS:
+            raise ValueError(f"prompt: give one to {MAX_PROMPTS} prompts")
+        return self
 
     def prompts(self) -> list[str | list[int]]:
         """One or several prompts, each a text or token ids."""
@@ -116,14 +135,14 @@ class TextPart(Body):
     """A part of a message; text is the only kind."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(Body):
     """One message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
     name: str | None = None
 
     def plain(self) -> dict[str, str]:

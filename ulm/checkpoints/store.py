@@ -53,7 +53,8 @@ def newest(run: Path) -> Path | None:
 
 def resolve(text: str, *, root: Path, near: Path | None = None, place: str = "checkpoint") -> Path:
     """The step directory that a text means: its path, a run (its newest whole step) or a name under models/."""
-    given = Path(text).expanduser()
+    artefacts.check_path(text, place)
+    given = Path(text)
     candidates = [*([near / given] if near else []), given, root / given, root / "runs" / given]
     for folder in (c for c in candidates if c.is_dir()):
         if (folder / "manifest.json").is_file():
@@ -123,7 +124,11 @@ def load(path: str | Path, device: str | torch.device | None = None) -> tuple[nn
 def read_spec(folder: Path) -> ModelSpec:
     """The verified spec of a checkpoint."""
     verify(folder, read_manifest(folder), SPEC)
-    return ModelSpec.parse(json.loads((folder / SPEC).read_text(encoding="utf-8")))
+    try:
+        fields = json.loads((folder / SPEC).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ArtefactError(f"{folder / SPEC}: not a readable spec: {error}") from None
+    return ModelSpec.parse(fields)
 
 
 def spec_digest(spec: ModelSpec) -> str:

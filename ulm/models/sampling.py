@@ -29,7 +29,8 @@ def choose(logprobs_V: Tensor, sampling: Sampling, index: int) -> int:
     """
     if sampling.temperature == 0:
         return int(logprobs_V.argmax())
-    scores_V = logprobs_V.double() / sampling.temperature
+    logprobs_V = logprobs_V.double()
+    scores_V = (logprobs_V - logprobs_V.max()) / sampling.temperature  # the largest is 0 at any temperature
     if sampling.top_k is not None and sampling.top_k < len(scores_V):
         scores_V, tokens_V = scores_V.topk(sampling.top_k)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -30,6 +31,16 @@ class Recipe(Section):
 
 
 R = TypeVar("R", bound=Recipe)
+# PyYAML's constructors let Python's own errors through: a date that does not exist, a tag with a wrong value, deep nesting.
+NOT_YAML = (yaml.YAMLError, ValueError, KeyError, IndexError, AttributeError, RecursionError)
+
+
+def _first_problem(error: Exception) -> str:
+    """What is wrong, and in which line, without PyYAML's picture of it."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if problem is None:
+        return str(error) or type(error).__name__
+    return f"{problem} in line {mark.line + 1}" if mark is not None else str(problem)
 
 
 def load(recipe: type[R], path: Path | None, overrides: Sequence[str] = ()) -> R:
@@ -40,10 +51,10 @@ def load(recipe: type[R], path: Path | None, overrides: Sequence[str] = ()) -> R
             loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(str(path), "no such recipe", "the path of a YAML file") from None
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, UnicodeDecodeError) as error:  # before NOT_YAML, of which UnicodeDecodeError is one
             raise ConfigError(str(path), f"not readable: {error}") from None
-        except yaml.YAMLError as error:
-            raise ConfigError(str(path), f"not YAML: {error}".replace("\n", " ")) from None
+        except NOT_YAML as error:
+            raise ConfigError(str(path), f"not YAML: {_first_problem(error)}") from None
         if not isinstance(loaded, dict):
             raise ConfigError(str(path), "a recipe is a mapping of keys to values")
         fields = loaded
@@ -70,8 +81,10 @@ def _set(fields: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}", "is not a.b=value", "for example --set train.steps=30")
     try:
         value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {place}", f"{text!r} is not a YAML value: {error}".replace("\n", " ")) from None
+    except NOT_YAML as error:
+        raise ConfigError(
+            f"--set {place}", f"{reprlib.repr(text)} is not a YAML value: {_first_problem(error)}"
+        ) from None
     inner = fields
     for key in keys[:-1]:
         following = inner.setdefault(key, {})

@@ -24,7 +24,7 @@ class Budget(Section):
 
     max_calls: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
-    max_ms: int | None = Field(None, ge=1)
+    max_ms: int | None = Field(None, ge=1, le=86_400_000)
 
 
 class MemberSection(Section):
