@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,7 @@ class Catalog:
         """The model of a name, with a request's own `options` (top_k, every_tokens) for its strategy."""
         if name not in self._configs:
             raise ModelNotFoundError(
-                f"The model {name!r} does not exist here ({did_you_mean(name, self._configs)})",
+                f"The model {reprlib.repr(name)} does not exist here ({did_you_mean(name, self._configs)})",
                 param="model",
                 code="model_not_found",
             )

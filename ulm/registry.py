@@ -127,9 +127,7 @@ def config_error(error: ValidationError, model: type[BaseModel], place: str = ""
     if first["type"] == "missing":
         return ConfigError(where, "is missing")
     message = first["msg"].removeprefix("Value error, ")
-    return ConfigError(
-        where, f"{reprlib.repr(first['input'])}: {message}"
-    )  # bounded: anchors can make a small file huge
+    return ConfigError(where, f"{reprlib.repr(first['input'])}: {message}")  # anchors make small files huge
 
 
 def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:

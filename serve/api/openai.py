@@ -5,6 +5,7 @@ Plain FastAPI over a Catalog; the gateway mounts it under Ray Serve, tests call 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import time
@@ -17,6 +18,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api.answers import ChatShape, Choice, CompletionShape, Shape, ledger_json
 from serve.api.schema import ChatBody, CompletionBody, GenerationBody
@@ -50,7 +52,9 @@ class Answering:
         model = self.catalog.model(body.model, body.ulm.strategy_options())
         tags = {"model": model.name, "strategy": model.kind}
         try:
-            requests = [self._request(body, model, prompt) for prompt in prompts]
+            if body.ulm.budget is not None and len(prompts) > 1:
+                raise RequestError("ulm.budget bounds one answer; send one prompt with it", param="ulm.budget")
+            requests = await asyncio.to_thread(lambda: [self._request(body, model, prompt) for prompt in prompts])
             shape = shape_of(model.name, model.tokenizer, body.num_top_logprobs is not None)
             answer = self._run(body, model, requests, started_s)
             first = await anext(answer)  # so that a refusal is a status, not a broken stream
@@ -76,6 +80,9 @@ class Answering:
         return JSONResponse(shape.whole(choices, ledger))
 
     def _request(self, body: CompletionBody | ChatBody, model: Model, prompt: str | list[int]) -> GenerateRequest:
+        longest = model.context_tokens * model.tokenizer.max_token_bytes
+        if isinstance(prompt, str) and len(prompt) > longest:  # surely too long: not worth tokenizing
+            room(len(prompt) // model.tokenizer.max_token_bytes, model.context_tokens)
         tokens = prompt_tokens(model.tokenizer, prompt)
         if not tokens or any(token >= model.tokenizer.vocab_size for token in tokens):
             raise RequestError("prompt: token ids must be below the vocabulary's size, at least one", param="prompt")
@@ -185,6 +192,27 @@ def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
+class BoundedBody:
+    """ASGI middleware: a body is read up to MAX_BODY_BYTES, whatever its headers say, and then refused with 413."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass everything on, counting."""
+        num_bytes = 0
+
+        async def counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > MAX_BODY_BYTES:
+                raise HTTPException(413, f"The body is larger than {MAX_BODY_BYTES} bytes")
+            return message
+
+        await self._app(scope, counted, send)
+
+
 def build_app(
     catalog: Catalog, record: Record, metrics: Callable[[], Awaitable[str]], started: int | None = None
 ) -> FastAPI:
@@ -193,14 +221,7 @@ def build_app(
     answering = Answering(catalog, record)
     created = started if started is not None else int(time.time())
     _handle_errors(app)
-
-    @app.middleware("http")
-    async def bound_body(request: Request, follow: Callable[[Request], Awaitable[Any]]) -> Any:
-        length = request.headers.get("content-length", "0")
-        if length.isdigit() and int(length) > MAX_BODY_BYTES:
-            message = f"The body has {length} bytes; at most {MAX_BODY_BYTES} are taken"
-            return JSONResponse(error_body(message, "invalid_request_error"), 413)
-        return await follow(request)
+    app.add_middleware(BoundedBody)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -221,7 +242,7 @@ def build_app(
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(body: ChatBody) -> JSONResponse | StreamingResponse:
         tokenizer = catalog.model(body.model).tokenizer
-        prompt = tokenizer.render_chat([message.plain() for message in body.messages])
+        prompt = await asyncio.to_thread(tokenizer.render_chat, [message.plain() for message in body.messages])
         return await answering.respond(body, [prompt], ChatShape)
 
     @app.get("/healthz")
@@ -255,7 +276,7 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
+        place = str(first["loc"][1]) if len(first["loc"]) > 1 else ""  # the rest may name branches of a union
         if first["type"] == "json_invalid":
             return JSONResponse(error_body(f"The body is not JSON: {first['msg']}", "invalid_request_error"), 400)
         problem = "unknown field" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")

@@ -61,9 +61,10 @@ async def ensemble(
     assert context.router is not None and context.router_path is not None
     ledger = Ledger(name, budget=budget)
     num_members = min(num_members, len(chosen))
-    if budget.max_calls is not None and budget.max_calls < num_members:
-        ledger.degraded.append(f"top_k cut to {budget.max_calls} by budget.max_calls")
-        num_members = budget.max_calls
+    for limit, most in (("max_calls", budget.max_calls), ("max_tokens", budget.max_tokens)):
+        if most is not None and most < num_members:
+            ledger.degraded.append(f"top_k cut to {most} by budget.{limit}")
+            num_members = most
     request = within(request, budget, num_members, ledger)
     weights = RouterWeights(
         context.router_path, tuple(m.id for m in chosen), num_members, every_tokens, budget.max_calls
@@ -82,7 +83,7 @@ async def ensemble(
 def within(request: GenerateRequest, budget: Budget, num_members: int, ledger: Ledger) -> GenerateRequest:
     """The request under its budget: each of `num_members` generates every token, and the clock is the engine's."""
     if budget.max_tokens is not None and budget.max_tokens // num_members < request.max_tokens:
-        request = replace(request, max_tokens=max(1, budget.max_tokens // num_members))
+        request = replace(request, max_tokens=budget.max_tokens // num_members)
         ledger.degraded.append(f"answer cut to {request.max_tokens} tokens by budget.max_tokens")
     if budget.max_ms is not None:
         request = replace(request, deadline_s=budget.max_ms / 1e3)

@@ -97,6 +97,20 @@ def test_errors_reach_the_client_as_its_own_types(client: openai.OpenAI) -> None
     assert long.value.code == "context_length_exceeded"
 
 
+def test_a_client_that_leaves_frees_its_rows(served: dict[str, Any]) -> None:
+    from ray import serve as ray_serve
+
+    engine = ray_serve.get_deployment_handle("engine-0", "ulm")
+    body = {"model": "e00", "prompt": ["The"] * 40, "max_tokens": 90, "temperature": 1}  # seconds of work
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{served['url']}/completions", json=body, timeout=0.3, trust_env=False)
+    before = engine.stats.remote().result()["generated_tokens"]
+    time.sleep(2.0)
+    stats = engine.stats.remote().result()
+    assert stats["running"] == 0 and stats["waiting"] == 0
+    assert stats["generated_tokens"] - before < 40 * 90 / 2
+
+
 def test_the_metrics_page_has_the_series_of_all_replicas(client: openai.OpenAI, served: dict[str, Any]) -> None:
     client.completions.create(model="e00", prompt="a", max_tokens=2)
     deadline_s = time.monotonic() + METRICS_TIMEOUT_S  # Ray exports every few seconds

@@ -178,6 +178,35 @@ def test_rows_are_freed_when_a_client_leaves(swarm: Swarm, with_engine: Callable
     assert with_engine(body, max_rows=1) is not None
 
 
+def test_a_full_member_does_not_keep_an_idle_one_waiting(swarm: Swarm, with_engine: Callable[..., Any]) -> None:
+    tokenizer = load(swarm, "e00")[1]
+
+    async def body(engine: Any) -> Any:
+        busy = [
+            asyncio.create_task(collect(engine, request(tokenizer, p, {"e00": 1.0}, max_tokens=60))) for p in PROMPTS
+        ]
+        await asyncio.sleep(0.05)
+        await collect(engine, request(tokenizer, "The", {"e01": 1.0}, max_tokens=1))
+        waiting = sum(not task.done() for task in busy)
+        await asyncio.gather(*busy)
+        return waiting
+
+    assert with_engine(body, max_rows=1) >= len(PROMPTS) - 1
+
+
+def test_the_failure_of_one_answer_is_its_own(swarm: Swarm, with_engine: Callable[..., Any]) -> None:
+    tokenizer = load(swarm, "e00")[1]
+    broken = RouterWeights(str(swarm.router_folder()), ("e00", "e01"), top_k=2)  # the router weighs three
+
+    async def body(engine: Any) -> Any:
+        fine = asyncio.create_task(collect(engine, request(tokenizer, "The", {"e00": 1.0})))
+        with pytest.raises(ValueError, match="zip"):
+            await collect(engine, request(tokenizer, "The", broken))
+        return await fine
+
+    assert with_engine(body)[1] == ulm.generate(*load(swarm, "e00"), "The", max_tokens=24).tokens
+
+
 def test_score_equals_the_models_own_logprobs(swarm: Swarm, with_engine: Callable[..., Any]) -> None:
     model, tokenizer = load(swarm, "e00")
     tokens = prompt_tokens(tokenizer, "import json\n")

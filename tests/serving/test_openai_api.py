@@ -150,6 +150,10 @@ def test_several_prompts_and_token_prompts(client: TestClient, swarm: Swarm) -> 
     assert len(both["ulm"]["calls"]) == 2
 
 
+def test_digits_as_text_stay_text(client: TestClient) -> None:
+    assert len(complete(client, prompt=["12", "34"])["choices"]) == 2
+
+
 def test_a_mixture_reports_the_share_of_each_member(client: TestClient, swarm: Swarm) -> None:
     router = swarm.router()
     assert router is not None
@@ -195,6 +199,11 @@ REFUSED = [
     ({"temperature": 3}, 400, None, "temperature"),
     ({"temprature": 1}, 400, None, "temprature"),
     ({"n": 2}, 400, None, "n"),
+    ({"prompt": []}, 400, None, None),
+    ({"prompt": "\ud800"}, 400, None, "prompt"),
+    ({"prompt": [True]}, 400, None, "prompt"),
+    ({"prompt": "x" * 1_000_000}, 400, "context_length_exceeded", "prompt"),
+    ({"prompt": ["a", "b"], "ulm": {"budget": {"max_calls": 1}}}, 400, None, "ulm.budget"),
     ({"frequency_penalty": 0.5}, 400, None, None),
     ({"ulm": {"every_tokens": 3}}, 400, None, "ulm"),  # a single member has no such parameter
     ({"stream_options": {"include_usage": True}}, 400, None, None),
@@ -205,18 +214,21 @@ REFUSED = [
 def test_wrong_requests_are_refused_in_openais_shape(
     client: TestClient, change: dict[str, Any], status: int, code: str | None, param: str | None
 ) -> None:
-    response = client.post("/v1/completions", json={"model": "e00", "prompt": "a", **change})
+    body = json.dumps({"model": "e00", "prompt": "a", **change})  # spells a lone surrogate as JSON may
+    response = client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
     error = response.json()["error"]
     assert (response.status_code, error["type"]) == (status, "invalid_request_error")
-    assert error["code"] == code and error["param"] == param and error["message"]
+    assert error["code"] == code and error["message"]
+    assert error["param"] == param
 
 
 def test_malformed_json_and_unknown_paths_are_refused(client: TestClient) -> None:
     response = client.post("/v1/completions", content=b'{"model": ', headers={"content-type": "application/json"})
     assert response.status_code == 400 and "not JSON" in response.json()["error"]["message"]
     assert client.get("/v1/nothing").json()["error"]["type"] == "invalid_request_error"
-    too_long = client.post("/v1/completions", content=b"x" * (5 << 20))
-    assert too_long.status_code == 413
+    for body in (b"x" * (5 << 20), iter([b"x" * (1 << 20)] * 5)):  # the second is sent in chunks, without a length
+        too_long = client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+        assert (too_long.status_code, too_long.json()["error"]["type"]) == (413, "invalid_request_error")
 
 
 def test_a_refusal_of_a_stream_is_a_status_and_not_an_event(client: TestClient) -> None:

@@ -50,7 +50,7 @@ def test_a_recipe_can_be_given_by_overrides_alone():
 @pytest.mark.parametrize(
     ("verb", "text", "overrides", "message"),
     [
-        ("train", "corpus: a\ntrian: {steps: 3}", [], "train: is missing"),
+        ("train", "corpus: a\ntrian: {steps: 3}", [], "trian: unknown key (did you mean 'train'?)"),
         ("train", TRAIN + "modle: nano", [], "modle: unknown key (did you mean 'model'?)"),
         ("train", "corpus: a\ntrain: {step: 3}", [], "train.step: unknown key (did you mean 'steps'?)"),
         ("train", "corpus: a\ntrain: {steps: many}", [], "train.steps: 'many': Input should be a valid integer"),

@@ -31,7 +31,7 @@ class Recipe(Section):
 
 
 R = TypeVar("R", bound=Recipe)
-# PyYAML's constructors let Python's own errors through: a date that does not exist, a tag with a wrong value, deep nesting.
+# PyYAML lets Python's own errors through: a date that does not exist, a tag with a wrong value, deep nesting.
 NOT_YAML = (yaml.YAMLError, ValueError, KeyError, IndexError, AttributeError, RecursionError)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,10 +81,24 @@ class Router:
                 arrays["components"],
             )
             shares_N = np.array(fields["shares"], dtype=np.float64)
+            _check(fields, arrays, shares_N)
             digest = artefacts.digest_json(stored)
             return cls(fields["ids"], embedder, arrays["centroids"], shares_N, float(fields["temperature"]), digest)
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ArtefactError(f"{folder}: not a readable router: {error!r}") from None
+
+
+def _check(fields: dict[str, Any], arrays: dict[str, NDArray[Any]], shares_N: NDArray[np.float64]) -> None:
+    """ValueError where the parts of a router do not fit each other or would give weights that are no numbers."""
+    num_experts, num_words = len(fields["ids"]), len(fields["vocabulary"])
+    centroids_ND, components_VD = arrays["centroids"], arrays["components"]
+    if not (num_experts == len(shares_N) == len(centroids_ND) and centroids_ND.ndim == components_VD.ndim == 2):
+        raise ValueError("ids, shares and centroids differ in number")
+    if not num_words == len(fields["idf"]) == len(components_VD) or centroids_ND.shape[1] != components_VD.shape[1]:
+        raise ValueError("vocabulary, idf, components and centroids differ in size")
+    temperature = float(fields["temperature"])
+    if not (np.isfinite(temperature) and temperature > 0 and np.isfinite(shares_N).all() and shares_N.sum() > 0):
+        raise ValueError("temperature and shares must be finite, and above zero")
 
 
 def top_k(weight_N: NDArray[np.float64], k: int) -> NDArray[np.float64]:

@@ -61,6 +61,11 @@ class Tokenizer:
                 table[index] = bytes(byte_of[char] for char in token)
         return table
 
+    @cached_property
+    def max_token_bytes(self) -> int:
+        """Length of the longest token: no text of n bytes has fewer than n / max_token_bytes tokens."""
+        return max(map(len, self.token_bytes))
+
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of tokens; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.token_bytes[t] for t in tokens).decode("utf-8", errors="replace")

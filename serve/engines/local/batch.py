@@ -57,15 +57,24 @@ class Batch:
         """One step for everybody; False when there is nothing to do."""
         self._end_overdue()
         self._admit()
-        for answer in self.running:
-            self._weigh(answer)
+        for answer in list(self.running):
+            self._alone(answer, self._weigh)
         with torch.no_grad():
             for member in self._live():
                 member.decode()
             self._prefill()
         for answer in [a for a in self.running if a.logprobs.keys() >= a.weights.keys()]:
-            self._choose(answer)
+            self._alone(answer, self._choose)
         return bool(self.running or self.waiting)
+
+    def _alone(self, answer: Answer, work: Callable[[Answer], None]) -> None:
+        """Do one answer's part of a step; its failure is its own and ends nobody else's."""
+        try:
+            work(answer)
+        except Exception as error:  # noqa: BLE001  handed to whoever waits for the answer
+            if answer in self.running:
+                self._end(answer, None)
+            answer.emit(error)
 
     def _live(self) -> Iterator[LoadedMember]:
         seen: dict[int, LoadedMember] = {}
@@ -85,12 +94,17 @@ class Batch:
                 self._end(answer, "length")
 
     def _admit(self) -> None:
-        """Seat waiting answers in order, as long as every member they begin with has a row free."""
-        while self.waiting:
-            answer = self.waiting[0]
-            if any(self._is_full(answer.members[m]) for m in answer.first_weights):
-                return
-            self.waiting.popleft()
+        """Seat waiting answers in order, where every member they begin with has a row free.
+
+        One that must wait keeps later ones from its members, so that it is not overtaken there for ever.
+        """
+        taken: set[int] = set()
+        for answer in list(self.waiting):
+            members = [answer.members[m] for m in answer.first_weights]
+            if any(self._is_full(member) or id(member) in taken for member in members):
+                taken.update(id(member) for member in members)
+                continue
+            self.waiting.remove(answer)
             self.running.append(answer)
             answer.begin_parts(answer.first_weights, "routed" if answer.router else "asked")
             self._seat(answer)
