@@ -21,14 +21,18 @@ READY_TIMEOUT_S = 30.0
 
 
 def bind(plan: Plan, recipe: ServeRecipe) -> Any:
-    """The Serve application of a plan: one engine deployment per group of members, and the gateway."""
-    engines = [
-        EngineReplica.options(  # type: ignore[attr-defined]  # Serve's decorator is not typed
-            name=f"engine-{index}", ray_actor_options={"num_cpus": recipe.cpus, "num_gpus": recipe.gpus}
-        ).bind(recipe.engine, {name: str(plan.members[name].checkpoint) for name in names})
+    """The Serve application of a plan: the gateway, with the engine inside or one engine deployment per group."""
+    resources = {"num_cpus": recipe.cpus, "num_gpus": recipe.gpus}
+    if recipe.members_per_engine is None:
+        inside = Gateway.options(ray_actor_options=resources)  # type: ignore[attr-defined]  # Serve's is not typed
+        return inside.bind(plan, recipe.engine)
+    handles = [
+        EngineReplica.options(name=f"engine-{index}", ray_actor_options=resources).bind(  # type: ignore[attr-defined]
+            recipe.engine, {name: str(plan.members[name].checkpoint) for name in names}
+        )
         for index, names in enumerate(plan.groups)
     ]
-    return Gateway.bind(plan, *engines)  # type: ignore[attr-defined]
+    return Gateway.bind(plan, recipe.engine, *handles)  # type: ignore[attr-defined]
 
 
 def check_port(host: str, port: int) -> None:

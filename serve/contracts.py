@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -81,6 +81,16 @@ class TokenChunk:
     finish_reason: str | None = None  # stop, length or deadline, on the last chunk
     calls: tuple[Call, ...] = ()  # on the last chunk
     degraded: str | None = None  # on the last chunk: what was not done as asked
+
+    @classmethod
+    def joined(cls, chunks: Sequence[TokenChunk]) -> TokenChunk:
+        """Chunks of one answer, in order, as one."""
+        return replace(
+            chunks[-1],
+            text="".join(chunk.text for chunk in chunks),
+            tokens=tuple(token for chunk in chunks for token in chunk.tokens),
+            logprobs=tuple(entry for chunk in chunks for entry in chunk.logprobs),
+        )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,34 +18,43 @@ from ulm import registry
 STATS_PERIOD_S = 5.0
 
 
+class EngineHost:
+    """An engine in this process: made at once, its members loaded when first asked, its memory reported since."""
+
+    def __init__(self, config: dict[str, Any], checkpoints: dict[str, str], role: str) -> None:
+        configured = registry.configure("engine", config)
+        self.engine: Engine = registry.find("engine", configured.kind)(configured)
+        self._checkpoints, self._role, self._record = checkpoints, role, recorder()
+        self._reporting: asyncio.Task[None] | None = None
+        self._loading = asyncio.Lock()
+
+    async def ready(self) -> None:
+        """Returns once every member is loaded. Serve calls a replica ready when its health check returns."""
+        async with self._loading:
+            if self._reporting is None:
+                for member, checkpoint in self._checkpoints.items():
+                    await self.engine.load(member, checkpoint)
+                self._reporting = asyncio.create_task(self._report())
+
+    async def _report(self) -> None:
+        while True:
+            stats = await self.engine.stats()
+            self._record("ulm_memory_resident_bytes", stats["resident_bytes"], {"role": self._role})
+            self._record("ulm_memory_gpu_bytes", stats["gpu_bytes"], {"role": self._role})
+            await asyncio.sleep(STATS_PERIOD_S)
+
+
 @ray_serve.deployment(max_ongoing_requests=1_000, health_check_period_s=10)
 class EngineReplica:
     """One engine and its members. The engine queues by itself, so Serve lets everything through."""
 
     def __init__(self, config: dict[str, Any], checkpoints: dict[str, str]) -> None:
-        configured = registry.configure("engine", config)
-        self._engine: Engine = registry.find("engine", configured.kind)(configured)
-        self._checkpoints = checkpoints
-        self._record = recorder()
-        self._reporting: asyncio.Task[None] | None = None
-        self._loading = asyncio.Lock()
+        self._host = EngineHost(config, checkpoints, "engine")
+        self._engine = self._host.engine
 
     async def check_health(self) -> None:
-        """Loads the members at the first call; Serve calls a replica ready once this returns."""
-        async with self._loading:
-            loaded = await self._engine.members()
-            for member, checkpoint in self._checkpoints.items():
-                if member not in loaded:
-                    await self._engine.load(member, checkpoint)
-            if self._reporting is None:
-                self._reporting = asyncio.create_task(self._report())
-
-    async def _report(self) -> None:
-        while True:
-            stats = await self._engine.stats()
-            self._record("ulm_memory_resident_bytes", stats["resident_bytes"], {"role": "engine"})
-            self._record("ulm_memory_gpu_bytes", stats["gpu_bytes"], {"role": "engine"})
-            await asyncio.sleep(STATS_PERIOD_S)
+        """Loads the members at the first call."""
+        await self._host.ready()
 
     async def members(self) -> dict[str, MemberInfo]:
         """What is loaded now."""
@@ -59,7 +67,7 @@ class EngineReplica:
 
     async def generate_whole(self, request: GenerateRequest) -> TokenChunk:
         """All chunks as one: a single message where the client does not stream."""
-        return joined([chunk async for chunk in self._engine.generate(request)])
+        return TokenChunk.joined([chunk async for chunk in self._engine.generate(request)])
 
     async def score(self, member: str, tokens: Sequence[int]) -> list[float]:
         """See Engine."""
@@ -79,7 +87,6 @@ class EngineReplica:
 
     async def unload(self, member: str) -> None:
         """See Engine."""
-        self._checkpoints.pop(member, None)
         await self._engine.unload(member)
 
     async def reload(self, member: str, checkpoint: str) -> MemberInfo:
@@ -89,16 +96,6 @@ class EngineReplica:
     async def stats(self) -> dict[str, float]:
         """See Engine."""
         return await self._engine.stats()
-
-
-def joined(chunks: Sequence[TokenChunk]) -> TokenChunk:
-    """Several chunks of one answer as one."""
-    return replace(
-        chunks[-1],
-        text="".join(chunk.text for chunk in chunks),
-        tokens=tuple(token for chunk in chunks for token in chunk.tokens),
-        logprobs=tuple(entry for chunk in chunks for entry in chunk.logprobs),
-    )
 
 
 class RemoteEngine:

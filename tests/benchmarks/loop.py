@@ -190,7 +190,7 @@ def _engine(checkpoint: Path):  # type: ignore[no-untyped-def]
     loop.run_until_complete(engine.load("m", str(checkpoint)))
 
     async def answer(tokenizer: object) -> None:
-        request = GenerateRequest(tuple(prompt_tokens(tokenizer, "The")), {"m": 1.0}, 8)
+        request = GenerateRequest(tuple(prompt_tokens(tokenizer, "The")), {"m": 1.0}, 8, stream=False)
         async for _ in engine.generate(request):
             pass
 

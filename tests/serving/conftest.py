@@ -122,6 +122,6 @@ def with_engine(swarm: Swarm) -> Callable[[Callable[[Any], Awaitable[Any]]], Any
 
 async def whole(chunks: AsyncIterator[Any]) -> Any:
     """All chunks of an answer as one."""
-    from serve.member import joined
+    from serve.contracts import TokenChunk
 
-    return joined([chunk async for chunk in chunks])
+    return TokenChunk.joined([chunk async for chunk in chunks])

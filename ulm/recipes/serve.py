@@ -40,7 +40,7 @@ class ServeRecipe(Recipe):
     members: dict[MemberId, MemberSection] = {}
     strategy: dict[str, Any] | None = None  # None: the swarm's own, else single
     engine: dict[str, Any] = {"kind": "local"}
-    members_per_engine: int | None = Field(None, ge=1)  # None: all in one engine
+    members_per_engine: int | None = Field(None, ge=1)  # engines in processes of their own; None: one in the gateway's
     budget: Budget = Budget()
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65_535)

@@ -165,7 +165,15 @@ class LocalEngine:
         loop = asyncio.get_running_loop()
         chunks: asyncio.Queue[TokenChunk | Exception] = asyncio.Queue()
 
+        held: list[TokenChunk] = []
+
         def emit(chunk: TokenChunk | Exception) -> None:
+            """Wake the event loop: for every chunk of a stream, else once, with all of them as one."""
+            if isinstance(chunk, TokenChunk) and not request.stream:
+                held.append(chunk)
+                if chunk.finish_reason is None:
+                    return
+                chunk = TokenChunk.joined(held)
             loop.call_soon_threadsafe(chunks.put_nowait, chunk)
 
         def begin() -> Answer:
