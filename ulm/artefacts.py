@@ -119,6 +119,8 @@ def digest_files(folder: Path) -> dict[str, str]:
 def verify_files(folder: Path, digests: Mapping[str, str]) -> None:
     """Raise ArtefactError at the first file that is missing or differs from its digest."""
     for name, digest in digests.items():
+        if "/" in name:
+            raise ArtefactError(f"{folder}: its manifest names {reprlib.repr(name)}, which is no file of this folder")
         path = folder / name
         if not path.is_file():
             raise ArtefactError(f"{path}: missing; the artefact is incomplete, make or copy it again")

@@ -43,15 +43,26 @@ MAX_ATTEMPTS = 3
 CONTROLLER_POLL_S = "0.5"  # Ray's 2 s is how late it sees that workers are done
 
 
+def prepare(recipe: TrainRecipe, *, root: Path, near: Path | None = None) -> TrainTask:
+    """What a recipe means, with every mistake in it raised; needs no Ray."""
+    task = resolve(recipe, root=root, near=near)
+    folder.check(task)
+    return task
+
+
 def run(
-    recipe: TrainRecipe, *, root: Path, near: Path | None = None, on_progress: Progress | None = None
+    recipe: TrainRecipe,
+    *,
+    root: Path,
+    near: Path | None = None,
+    task: TrainTask | None = None,  # as `prepare` made it of the same recipe
+    on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train what a recipe says; returns the last line of `ulm train`, see run_task. Needs Ray to be initialised.
 
     SIGTERM and Ctrl-C make the workers save and stop. A finished run gets a name under models/.
     """
-    task = resolve(recipe, root=root, near=near)
-    folder.check(task)
+    task = task or prepare(recipe, root=root, near=near)
     folder.write_recipe(task, recipe)
     with stopping([task.folder]):
         line = run_task(task, workers=recipe.train.workers, resources=recipe.resources, on_progress=on_progress)

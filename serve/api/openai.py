@@ -30,6 +30,7 @@ from ulm.models.sampling import MAX_SEED, Sampling
 from ulm.tokenizers.tokenizer import CHAT_STOP
 
 MAX_BODY_BYTES = 4 << 20
+LONG_PROMPTS = 4_000  # characters or tokens; fewer take less time than another thread
 Record = Callable[[str, float, Mapping[str, str]], None]  # metric, value, tags
 
 
@@ -54,7 +55,10 @@ class Answering:
         try:
             if body.ulm.budget is not None and len(prompts) > 1:
                 raise RequestError("ulm.budget bounds one answer; send one prompt with it", param="ulm.budget")
-            requests = await asyncio.to_thread(lambda: [self._request(body, model, prompt) for prompt in prompts])
+            if sum(map(len, prompts)) > LONG_PROMPTS:  # others are not kept waiting while these are tokenized
+                requests = await asyncio.to_thread(self._requests, body, model, prompts)
+            else:
+                requests = self._requests(body, model, prompts)
             shape = shape_of(model.name, model.tokenizer, body.num_top_logprobs is not None)
             answer = self._run(body, model, requests, started_s)
             first = await anext(answer)  # so that a refusal is a status, not a broken stream
@@ -78,6 +82,11 @@ class Answering:
             raise
         self._finish(tags, choices, ledger, started_s)
         return JSONResponse(shape.whole(choices, ledger))
+
+    def _requests(
+        self, body: CompletionBody | ChatBody, model: Model, prompts: list[str | list[int]]
+    ) -> list[GenerateRequest]:
+        return [self._request(body, model, prompt) for prompt in prompts]
 
     def _request(self, body: CompletionBody | ChatBody, model: Model, prompt: str | list[int]) -> GenerateRequest:
         longest = model.context_tokens * model.tokenizer.max_token_bytes

@@ -33,16 +33,11 @@ from ulm.swarm.mixture import mix_logprobs
 from ulm.swarm.router import Router, top_k
 
 
-def experts(members: Mapping[str, Member]) -> list[Member]:
-    """The members that have a cluster, by its number."""
-    return sorted((m for m in members.values() if m.cluster is not None), key=lambda m: m.cluster or 0)
-
-
 def missing(members: Mapping[str, Member], context: SwarmContext) -> str | None:
     """What an ensemble lacks here, or None."""
-    if context.router is None or not experts(members):
+    if context.router is None or not set(context.router.ids) <= set(members):
         return "a router and its experts"
-    if len({m.tokenizer.digest for m in experts(members)}) > 1:
+    if len({members[name].tokenizer.digest for name in context.router.ids}) > 1:
         return "one vocabulary for all experts"
     return None
 
@@ -57,8 +52,8 @@ async def ensemble(
     every_tokens: int,
 ) -> AsyncIterator[TokenChunk | Ledger]:
     """Chunks of the answer, the Ledger last."""
-    chosen = experts(members)
     assert context.router is not None and context.router_path is not None
+    chosen = [members[name] for name in context.router.ids]  # in the order of the router's weights
     ledger = Ledger(name, budget=budget)
     num_members = min(num_members, len(chosen))
     for limit, most in (("max_calls", budget.max_calls), ("max_tokens", budget.max_tokens)):

@@ -103,3 +103,19 @@ def test_a_path_is_looked_up_beside_the_recipe_then_in_the_root(tmp_path):
     assert resolve_path("stored", near=near, root=root) == root / "stored"
     assert resolve_path("neither", near=near, root=root) == near / "neither"
     assert resolve_path(str(root), near=near, root=near) == root
+
+
+@pytest.mark.parametrize(
+    "text", ["corpus: 2024-13-45", "corpus: !!int ''", "corpus: !!bool foo", "corpus: " + "[" * 3_000]
+)
+def test_values_that_trip_the_yaml_reader_are_errors_with_the_file(tmp_path, text):
+    with pytest.raises(ConfigError, match=r"run\.yaml: not YAML"):
+        load_recipe("train", written(tmp_path, text))
+
+
+def test_a_small_file_that_unfolds_to_a_huge_value_is_answered_briefly(tmp_path):
+    levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("train", written(tmp_path, "\n".join([*levels, "corpus: *a11", "train: {steps: 1}"])))
+    assert len(str(caught.value)) < 500

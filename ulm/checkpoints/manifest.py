@@ -60,7 +60,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     if artefacts.digest_json(rest) != manifest.manifest_digest:
         raise ArtefactError(f"{path}: content does not match its digest; {REMEDY}")
     for name in manifest.files:
-        if not (folder / name).is_file():
+        if "/" in name or not (folder / name).is_file():
             raise ArtefactError(f"{folder / name}: missing; {REMEDY}")
     return manifest
 

@@ -31,8 +31,9 @@ def build(recipe: Recipe, overrides: Overrides = [], address: Address = None) ->
     """
     loaded = cast(CorpusRecipe, load_recipe("corpus build", recipe, overrides))
     root = runtime.root()
-    from pipelines.corpus import job
+    from pipelines.corpus import job, sources
 
+    sources.list_sources(loaded.sources, near=recipe.parent, root=root)  # a missing path is said before Ray starts
     with session(root, address), console.bars() as bars:
         result = job.build(loaded, root=root, near=recipe.parent, progress=bars.update)
     console.finish(result)

@@ -13,6 +13,7 @@ from ulm.cli.cluster import session
 from ulm.cli.options import Address, Overrides, Recipe
 from ulm.recipes import SwarmRecipe, load_recipe
 
+FEW_TOKENS = 2_000  # the standard error of bits per byte is then some percent
 swarm = typer.Typer(help="Train swarms and show them.", no_args_is_help=True)
 
 
@@ -35,6 +36,7 @@ def train(recipe: Recipe, overrides: Overrides = [], address: Address = None) ->
         result = swarm_job.train_swarm(loaded, root=root, near=recipe.parent, on_progress=bars.step)
     if "bits_per_byte" in result:
         console.err.print(comparison(result["bits_per_byte"]))
+        _warn_of_noise(result.get("scored_tokens", {}))
     console.finish_job(result)
 
 
@@ -45,6 +47,12 @@ def show(name: Annotated[str, typer.Argument(help="A name, a digest or a path.",
 
     found = Swarm.open(name, root=runtime.root(), verify=False)
     console.finish({"swarm": str(found.folder), **found.manifest.model_dump()})
+
+
+def _warn_of_noise(scored_tokens: dict[str, int]) -> None:
+    few = [f"{domain}: {count}" for domain, count in scored_tokens.items() if count < FEW_TOKENS]
+    if few:
+        console.err.print(f"[yellow]few held-out tokens[/] ({', '.join(few)}): differences in this table are noise")
 
 
 def comparison(bits_per_byte: dict[str, dict[str, float | None]]) -> Table:

@@ -27,11 +27,12 @@ def train(recipe: Recipe, overrides: Overrides = [], address: Address = None) ->
     root = runtime.root()
     from pipelines.train import job
 
+    task = job.prepare(loaded, root=root, near=recipe.parent)  # what is wrong is said before Ray starts
     with session(root, address), console.bars() as bars:
         result = job.run(
             loaded,
             root=root,
-            near=recipe.parent,
+            task=task,
             on_progress=lambda step, num_steps, figures: bars.step(loaded.name, step, num_steps, figures),
         )
     console.finish_job(result)

@@ -159,9 +159,13 @@ class Swarm:
                 raise ArtefactError(f"{named}: {where}: {folder} is another checkpoint than the one recorded")
         routers = [(manifest.router, manifest.members)] + ([(random.router, random.members)] if random else [])
         for router_entry, members in routers:
-            unknown = [] if router_entry is None else set(self.open_router(router_entry).ids) - set(members)
+            ids = () if router_entry is None else self.open_router(router_entry).ids
+            unknown = sorted(set(ids) - set(members))
             if unknown:
-                raise ArtefactError(f"{named}: the router weighs {sorted(unknown)}, which are not members")
+                raise ArtefactError(f"{named}: the router weighs {unknown}, which are not members")
+            wrong = [name for number, name in enumerate(ids) if members[name].cluster != number]
+            if wrong:
+                raise ArtefactError(f"{named}: the cluster of {wrong[0]} is not its place in the router")
 
 
 def _read(path: Path) -> SwarmManifest:
