@@ -1,7 +1,7 @@
 """The peer of `ulm train`: the shortest loop over the same model, rows and batch in one process; prints tokens/s.
 
-It leaves out what a run needs and a loop does not: exact resume, digests, clipping, evaluation, checkpoints, metrics,
-Ray. Its loss is the project's chunked one, so that the comparison is of loops and not of losses.
+It does the same updates (the project's chunked loss, AdamW, clipping) and leaves out what a run needs and a loop does
+not: exact resume, digests, evaluation, checkpoints, metrics, Ray.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def main(recipe: Path, warmup_steps: int) -> None:
         num_targets = int((targets_BT >= 0).sum())
         hidden_BTD = model.hidden(torch.from_numpy(batch.inputs_BT))
         (summed_nats(hidden_BTD, targets_BT, model.head, task.spec.vocab_size) / num_targets).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), task.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tokens += num_targets

@@ -58,15 +58,15 @@ def _warn_of_noise(scored_tokens: dict[str, int]) -> None:
 def comparison(bits_per_byte: dict[str, dict[str, float | None]]) -> Table:
     """The table of bits per byte by domain; the best of a row stands out."""
     columns = list(dict.fromkeys(key for row in bits_per_byte.values() for key in row))
-    table = Table(title="bits per byte on held-out text (lower is better)", title_justify="left")
+    table = Table(title="bits per byte, lower is better", title_justify="left")
     table.add_column("domain")
     for column in columns:
         table.add_column(column, justify="right")
     for domain, row in bits_per_byte.items():
         best = min((v for v in row.values() if v is not None), default=None)
         table.add_row(domain, *(_cell(row.get(column), best) for column in columns))
-    means: dict[str, Any] = {c: [r[c] for r in bits_per_byte.values() if r.get(c) is not None] for c in columns}
-    mean = {c: sum(v) / len(v) for c, v in means.items() if v}
+    whole: dict[str, Any] = {c: [r.get(c) for r in bits_per_byte.values()] for c in columns}
+    mean = {c: sum(v) / len(v) for c, v in whole.items() if v and None not in v}  # of other domains means nothing
     table.add_section()
     table.add_row("macro mean", *(_cell(mean.get(c), min(mean.values(), default=None)) for c in columns))
     return table
