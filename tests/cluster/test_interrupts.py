@@ -74,7 +74,8 @@ def train_recipe(tmp_path: Path, steps: int) -> Path:
     return recipe
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+# SIGTERM to the training job is in test_train_job.py; through the command line too it is left to `make test-all`
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_while_training_saves_and_the_run_goes_on(root: Path, tmp_path: Path, number: signal.Signals) -> None:
     write_corpus(root, [("a", "train", f"text number {i} of many. " * 20) for i in range(20)])
     metrics = root / "runs" / "long" / "metrics.jsonl"
