@@ -18,7 +18,8 @@ import pytest
 from tests.written_corpus import write_corpus
 
 ULM = [sys.executable, "-m", "ulm.cli.main"]
-TIMEOUT_S = 120.0
+TIMEOUT_S = 240.0  # Ray's processes may take a minute to notice that their driver is gone
+pytestmark = pytest.mark.timeout(600)
 
 
 def processes_of(home: Path) -> list[int]:
