@@ -14,29 +14,21 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import FastAPI
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api.answers import ChatShape, Choice, CompletionShape, Shape, ledger_json
+from serve.api.refusals import BoundedBody, error_body, handle_errors
 from serve.api.schema import ChatBody, CompletionBody, GenerationBody
 from serve.catalog import Catalog, Model
 from serve.contracts import GenerateRequest, Ledger, TokenChunk
-from ulm.errors import RequestError, UnsupportedError
+from ulm.errors import RequestError
 from ulm.models.generate import prompt_tokens, room
 from ulm.models.sampling import MAX_SEED, Sampling
 from ulm.tokenizers.tokenizer import CHAT_STOP
 
-MAX_BODY_BYTES = 4 << 20
 LONG_PROMPTS = 4_000  # characters or tokens; fewer take less time than another thread
 Record = Callable[[str, float, Mapping[str, str]], None]  # metric, value, tags
-
-
-def error_body(message: str, type_: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """OpenAI's error shape."""
-    return {"error": {"message": message, "type": type_, "param": param, "code": code}}
 
 
 class Answering:
@@ -77,8 +69,8 @@ class Answering:
                     ledger = _joined(ledger, item)
                 else:
                     choices[index].add(item)
-        except Exception:
-            self._count(tags, "failed", started_s)
+        except BaseException as error:  # cancellation, too: the client has left
+            self._count(tags, "failed" if isinstance(error, Exception) else "cancelled", started_s)
             raise
         self._finish(tags, choices, ledger, started_s)
         return JSONResponse(shape.whole(choices, ledger))
@@ -201,27 +193,6 @@ def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
-class BoundedBody:
-    """ASGI middleware: a body is read up to MAX_BODY_BYTES, whatever its headers say, and then refused with 413."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass everything on, counting."""
-        num_bytes = 0
-
-        async def counted() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > MAX_BODY_BYTES:
-                raise HTTPException(413, f"The body is larger than {MAX_BODY_BYTES} bytes")
-            return message
-
-        await self._app(scope, counted, send)
-
-
 def build_app(
     catalog: Catalog, record: Record, metrics: Callable[[], Awaitable[str]], started: int | None = None
 ) -> FastAPI:
@@ -229,7 +200,7 @@ def build_app(
     app = FastAPI(title="µLM", description="A swarm of small language models behind OpenAI's API.")
     answering = Answering(catalog, record)
     created = started if started is not None else int(time.time())
-    _handle_errors(app)
+    handle_errors(app)
     app.add_middleware(BoundedBody)
 
     @app.get("/v1/models")
@@ -271,32 +242,3 @@ def build_app(
         return PlainTextResponse(await metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
-
-
-def _handle_errors(app: FastAPI) -> None:
-    @app.exception_handler(RequestError)
-    async def refused(_: Request, error: RequestError) -> JSONResponse:
-        return JSONResponse(error_body(str(error), error.type, error.param, error.code), error.status)
-
-    @app.exception_handler(UnsupportedError)
-    async def unsupported(_: Request, error: UnsupportedError) -> JSONResponse:
-        return JSONResponse(error_body(str(error), "invalid_request_error", None, "unsupported"), 400)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = str(first["loc"][1]) if len(first["loc"]) > 1 else ""  # the rest may name branches of a union
-        if first["type"] == "json_invalid":
-            return JSONResponse(error_body(f"The body is not JSON: {first['msg']}", "invalid_request_error"), 400)
-        problem = "unknown field" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
-        message = f"{place}: {problem}" if place else problem
-        return JSONResponse(error_body(message, "invalid_request_error", place or None), 400)
-
-    @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
-        type_ = "invalid_request_error" if error.status_code < 500 else "server_error"
-        return JSONResponse(error_body(str(error.detail), type_), error.status_code)
-
-    @app.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> JSONResponse:
-        return JSONResponse(error_body(f"{type(error).__name__}; see the server's log", "server_error"), 500)
