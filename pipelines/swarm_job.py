@@ -18,6 +18,7 @@ import ray
 import torch
 
 from pipelines.corpus.domains import Clusters
+from pipelines.corpus.job import over_ray
 from pipelines.evaluate import evaluate_swarm
 from pipelines.swarm_plan import Plan, plan_swarm
 from pipelines.train import folder, job
@@ -44,9 +45,11 @@ def train_swarm(
     and more figures; or {"status": "interrupted", "runs"} after SIGINT or SIGTERM, when all runs have saved.
     """
     report = on_progress or (lambda run, step, num_steps, figures: None)
-    report("clusters", 0, 1, {})
-    plan = plan_swarm(recipe, root=root, near=near)
-    report("clusters", 1, 1, {})
+
+    def of_clustering(stage: str, done: int, total: int | None, note: str) -> None:
+        report(stage, done, total or 1, {})
+
+    plan = plan_swarm(recipe, root=root, near=near, over=over_ray(None), progress=of_clustering)
     tasks = plan.tasks()
     for task in tasks:
         folder.check(task)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipelines.corpus.domains import Clusters, cluster_corpus
+from pipelines.corpus.over import Over, Progress, one_by_one
 from pipelines.train.task import TrainTask, resolve
 from ulm.checkpoints import store
 from ulm.corpus.manifest import Corpus
@@ -39,8 +40,18 @@ class Plan:
         return [self.seed, *([self.dense] if self.dense else []), *self.experts.values(), *self.random.values()]
 
 
-def plan_swarm(recipe: SwarmRecipe, *, root: Path, near: Path | None = None) -> Plan:
-    """The runs that a recipe means, with its clusterings made or found. ConfigError where they cannot be trained."""
+def plan_swarm(
+    recipe: SwarmRecipe,
+    *,
+    root: Path,
+    near: Path | None = None,
+    over: Over = one_by_one,
+    progress: Progress | None = None,
+) -> Plan:
+    """The runs that a recipe means, with its clusterings made or found. ConfigError where they cannot be trained.
+
+    `over` and `progress`: for the clustering, see pipelines/corpus/over.py.
+    """
     shared = {field: getattr(recipe, field) for field in TrainingRecipe.model_fields}
     whole = resolve(TrainRecipe(**shared), root=root, near=near)
     expert_steps = round(whole.num_steps * (1 - recipe.seed_share)) // recipe.experts
@@ -77,9 +88,16 @@ def plan_swarm(recipe: SwarmRecipe, *, root: Path, near: Path | None = None) -> 
             for c in range(recipe.experts)
         }
 
-    clusters, random_clusters, dense = cluster_corpus(corpus, recipe.experts, recipe.clustering), None, None
+    def clustered(kind: Literal["tf-idf", "random"]) -> Clusters:
+        found = cluster_corpus(corpus, recipe.experts, recipe.clustering, kind=kind, over=over, progress=progress)
+        if len(found.tokens) < recipe.experts:
+            problem = f"{len(found.tokens)} clusters are left after merging, not {recipe.experts}"
+            raise ConfigError("experts", problem, "so many experts, or a lower clustering.min_cluster_tokens")
+        return found
+
+    clusters, random_clusters, dense = clustered("tf-idf"), None, None
     if "random" in recipe.controls:
-        random_clusters = cluster_corpus(corpus, recipe.experts, recipe.clustering, kind="random")
+        random_clusters = clustered("random")
     if "dense" in recipe.controls:
         goes_on_at = seed_steps * whole.rows_per_batch  # it reads on where the seed stopped reading
         dense = run("dense", expert_steps * recipe.experts, 1.0, init_from=from_seed, start_cursor=goes_on_at)

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipelines.corpus.job import Documents, Progress, quiet_data, run
+from pipelines.corpus import assemble
+from pipelines.corpus.job import over_ray, run
+from pipelines.corpus.over import Progress
 from ulm import artefacts
 from ulm.recipes.corpus import TokenizerRecipe
 
@@ -19,8 +21,8 @@ def train(
     It is the one that `ulm corpus build` makes of the same sources. Raises ConfigError for a source that does not
     exist, CorpusError if no document is left.
     """
-    with quiet_data():
-        tokenizer = Documents(recipe, root=root, near=near, progress=progress).train_tokenizer()
+    over = over_ray(recipe.workers)
+    tokenizer = assemble.train_tokenizer(recipe, root=root, near=near, over=over, progress=progress)
     place = tokenizer.save(root)
     artefacts.point(root / "tokenizers" / "names" / recipe.name, place)
     return {"tokenizer": str(place), "digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size}

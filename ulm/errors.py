@@ -9,8 +9,9 @@ UlmError
 ├── UnsupportedError       an engine or a kind cannot do what was asked
 ├── ClusterError           Ray or a port is not to be had
 └── RequestError           a request to the endpoint is refused; carries OpenAI's status, type and code
-    ├── ContextLengthError    prompt longer than the model's context
-    └── ModelNotFoundError    no such model at this endpoint
+    ├── ContextLengthError     prompt longer than the model's context
+    ├── ModelNotFoundError     no such model at this endpoint
+    └── UnknownCharacterError  text that a char tokenizer cannot spell
 """
 
 from __future__ import annotations
@@ -84,6 +85,10 @@ class ModelNotFoundError(RequestError):
     """No model of that name is served here."""
 
     status = 404
+
+
+class UnknownCharacterError(RequestError):
+    """A character that is not in the vocabulary of a char tokenizer; of a corpus's document, too."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

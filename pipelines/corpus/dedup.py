@@ -15,8 +15,21 @@ def content_key(text: str) -> bytes:
     return hashlib.sha256(" ".join(text.casefold().split()).encode()).digest()[:KEY_BYTES]
 
 
-def is_first(keys: NDArray[np.bytes_]) -> NDArray[np.bool_]:
-    """True at the first document with each key, in the given order."""
-    first = np.zeros(len(keys), dtype=np.bool_)
-    first[np.unique(keys, return_index=True)[1]] = True  # numpy returns the first of equal values
-    return first
+def content_id(encoded: bytes) -> bytes:
+    """What names a document: KEY_BYTES of the SHA-256 of its text."""
+    return hashlib.sha256(encoded).digest()[:KEY_BYTES]
+
+
+def keepers(groups: NDArray[np.int64], rank: NDArray[np.int8]) -> NDArray[np.int64]:
+    """For each document the one of its group that stays: of the lowest rank, the first in order."""
+    order = np.lexsort((np.arange(len(groups)), rank, groups))
+    first = np.ones(len(groups), dtype=np.bool_)
+    first[1:] = groups[order][1:] != groups[order][:-1]
+    leader = np.empty(len(groups), np.int64)
+    leader[order] = order[first][np.cumsum(first) - 1]
+    return leader
+
+
+def groups_of(keys: NDArray[np.bytes_]) -> NDArray[np.int64]:
+    """A number per document, the same for equal keys."""
+    return np.unique(keys, return_inverse=True)[1].astype(np.int64)

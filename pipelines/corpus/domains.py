@@ -1,37 +1,39 @@
 """Clusterings: documents to clusters of like text, and the router that the same fit gives (c-BTM, arXiv 2303.14177).
 
-tf-idf and SVD are scikit-learn's, the balanced assignment is ours: while k-means is fitted, every cluster takes about
-the same number of training tokens; afterwards each document of every split goes to its nearest centroid, which is what
-the router does when it serves.
+tf-idf, SVD and balanced k-means are fitted on a sample of the training documents, in this process; all other documents
+of every split then go to their nearest centroid, which is what the router does when it serves. That second part goes
+through `over`, so that it may run on many workers; a document's answer does not depend on those beside it.
 
 Shape letters: N documents, C clusters, V words of the vocabulary, D dimensions of the embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.cluster import kmeans_plusplus
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
+from sklearn.metrics import normalized_mutual_info_score
+from threadpoolctl import threadpool_limits
 
+from pipelines.corpus.clustering import assign, kmeans
+from pipelines.corpus.clustering.assign import first_texts, located
+from pipelines.corpus.clustering.embedding import Sample, fit_embedder, in_training
+from pipelines.corpus.over import Over, Progress, one_by_one, silent
 from ulm import artefacts
 from ulm.corpus.manifest import Corpus
 from ulm.errors import ConfigError
-from ulm.recipes.train import Clustering
-from ulm.swarm.embed import Embedder, words
+from ulm.recipes.clustering import Clustering, CorpusClustering
+from ulm.swarm.embed import Embedder
 from ulm.swarm.router import Router
 
-MAX_FIT_DOCUMENTS = 50_000  # of the training split, chosen by seed: c-BTM's minibatch of documents
-MAX_DOCUMENT_TOKENS = 4_096  # of a document's beginning that are looked at
-BALANCE_SLACK = 0.1  # a cluster is full when it has this much more than its even share of tokens
-RESTARTS = 4  # of k-means, the best kept: one start in several ends in a poor optimum
-ALGORITHM = 1  # part of the digest: raise it when the same input would give other clusters
+MAX_CHOICE_DOCUMENTS = 5_000  # of the sample, on which numbers of clusters are compared
+ITEM_DOCUMENTS = 2_048  # that a worker is handed at once
+NUM_WORDS, NUM_TITLES, TITLE_CHARS = 12, 3, 80  # that a manifest gives of a cluster
+ALGORITHM = 2  # part of the digest: raise it when the same input would give other clusters
 
 
 @dataclass(frozen=True)
@@ -50,24 +52,44 @@ class Clusters:
 
 
 def cluster_corpus(
-    corpus: Corpus, num_clusters: int, config: Clustering, *, kind: Literal["tf-idf", "random"] = "tf-idf"
+    corpus: Corpus,
+    num_clusters: int | Sequence[int],
+    config: Clustering,
+    *,
+    kind: Literal["tf-idf", "random"] = "tf-idf",
+    over: Over = one_by_one,
+    progress: Progress | None = None,
+    place: str = "experts",
 ) -> Clusters:
     """The clustering of a corpus, made now or found as made before: the same input has the same digest.
 
-    `random` is the control: clusters of even size drawn by seed, with the router that their centroids give.
+    Of several numbers of clusters the one with the best simplified silhouette is taken. `random` is the control:
+    clusters of even size drawn by seed, with the router that their centroids give. ConfigError names `place` when
+    there are too few documents.
     """
     identity = {
         "algorithm": ALGORITHM,
         "kind": kind,
         "corpus": corpus.digest,
-        "num_clusters": num_clusters,
-        "config": config.model_dump(),
+        "num_clusters": num_clusters if isinstance(num_clusters, int) else list(num_clusters),
+        "config": config.model_dump(include=set(Clustering.model_fields)),
     }
     digest = artefacts.digest_json(identity)
-    place = corpus.folder / "domains" / digest
-    if not place.is_dir():
-        _make(corpus, num_clusters, config, kind, place, {"digest": digest, **identity})
-    return load_clusters(place)
+    folder = corpus.folder / "domains" / digest
+    if not folder.is_dir():
+        report = progress or silent
+        with threadpool_limits(1):  # the last bits of a matrix product depend on the number of threads
+            made = _fit(corpus, num_clusters, config, kind, over, report, place)
+            _write(corpus, made, {"digest": digest, **identity}, folder)
+    return load_clusters(folder)
+
+
+def cluster_after_build(
+    corpus: Corpus, config: CorpusClustering, *, over: Over = one_by_one, progress: Progress | None = None
+) -> Clusters:
+    """The clustering that a corpus recipe asks for; with a number, the one that a swarm of so many experts finds."""
+    number = kmeans.candidates(config.max_clusters) if config.clusters == "auto" else config.clusters
+    return cluster_corpus(corpus, number, config, over=over, progress=progress, place="clustering.clusters")
 
 
 def load_clusters(folder: Path) -> Clusters:
@@ -80,183 +102,113 @@ def load_clusters(folder: Path) -> Clusters:
     return Clusters(folder, manifest["digest"], cluster_N, main, tokens)
 
 
-def _make(
-    corpus: Corpus, num_clusters: int, config: Clustering, kind: str, place: Path, identity: dict[str, Any]
-) -> None:
-    documents = corpus.documents
-    split_N = np.array(documents["split"].to_pylist())
-    tokens_N = documents["num_tokens"].to_numpy()
-    train = np.flatnonzero(split_N == "train")
-    if len(train) < num_clusters:
-        problem = f"{num_clusters} clusters of {len(train)} training documents"
-        raise ConfigError(
-            "experts", problem, "fewer experts, or sources cut into smaller documents (document: paragraph)"
-        )
-    embedder, h_ND = embed_documents(corpus, train, config)
-    known_N = np.linalg.norm(h_ND, axis=1) > 0
+@dataclass(frozen=True)
+class _Fit:
+    """A clustering before it is written."""
+
+    router: Router
+    cluster_N: NDArray[np.int32]
+    sample: Sample
+    choice: dict[str, Any] | None  # how the number of clusters was found; None: it was given
+    merged: int  # clusters that were too small
+
+
+def _fit(
+    corpus: Corpus,
+    num_clusters: int | Sequence[int],
+    config: Clustering,
+    kind: str,
+    over: Over,
+    progress: Progress,
+    place: str,
+) -> _Fit:
+    embedder, sample = fit_embedder(corpus, config, progress)
+    choice = None
+    if not isinstance(num_clusters, int):
+        progress("choose the number of clusters", 0, 1, "")
+        choice, num_clusters = _choose(sample, num_clusters, config)
+        progress("choose the number of clusters", 1, 1, "")
+    if len(sample.rows) < num_clusters:
+        problem = f"{num_clusters} clusters of {len(sample.rows)} training documents with words"
+        raise ConfigError(place, problem, "fewer of them, or sources cut into smaller documents (document: paragraph)")
+    merged = 0
     if kind == "random":
-        cluster_N = _random_clusters(tokens_N, split_N, num_clusters, config.seed)
+        cluster_N = _random_clusters(corpus, num_clusters, config.seed)
+        zeros_CD = np.zeros((num_clusters, sample.h_ND.shape[1]))
+        centroids_CD = _stored(kmeans.means(sample.h_ND, sample.tokens_N, cluster_N[sample.rows], zeros_CD))
     else:
-        fit = train[known_N[train]]
-        centroids_CD = balanced_kmeans(h_ND[fit], tokens_N[fit], num_clusters, config.iterations, config.seed)
-        cluster_N = np.where(known_N, _squared_distances(h_ND, centroids_CD).argmin(axis=1), -1).astype(np.int32)
-    train_N = split_N == "train"
-    weight_NC = (cluster_N[:, None] == np.arange(num_clusters)) * (tokens_N * train_N)[:, None]
-    if kind == "random":
-        centroids_CD = (weight_NC.T @ h_ND) / np.maximum(1, weight_NC.sum(axis=0))[:, None]
-    tokens_C = weight_NC.sum(axis=0)
-    router = Router(
-        [f"e{c:02d}" for c in range(num_clusters)],
-        embedder,
-        centroids_CD.astype(np.float32),
-        tokens_C / tokens_C.sum(),
-        config.temperature,
-    )
-    with artefacts.new_folder(place) as folder:
-        np.save(folder / "assignments.npy", cluster_N[:, None])
-        for cluster in range(num_clusters):  # what the training of one expert reads
-            np.save(folder / f"documents-{cluster:02d}.npy", np.flatnonzero(cluster_N == cluster))
-        router.write(folder)
-        clusters = [_describe(documents, cluster_N == c, router, c) for c in range(num_clusters)]
-        manifest = {"format_version": artefacts.FORMAT_VERSION, **identity, "clusters": clusters}
-        artefacts.write_json(folder / "manifest.json", {**manifest, "files": artefacts.digest_files(folder)})
-
-
-def _describe(documents: Any, chosen_N: NDArray[np.bool_], router: Router, cluster: int) -> dict[str, Any]:
-    """What a reader wants to know of a cluster: its domains by training tokens, its size, its characteristic words."""
-    members = documents.filter(chosen_N)
-    by_split = members.group_by("split").aggregate([("num_tokens", "sum")])
-    tokens = dict(zip(by_split["split"].to_pylist(), by_split["num_tokens_sum"].to_pylist(), strict=True))
-    by_domain = members.group_by("domain").aggregate([("num_tokens", "sum")])
-    domains = dict(zip(by_domain["domain"].to_pylist(), by_domain["num_tokens_sum"].to_pylist(), strict=True))
-    names = sorted(router.embedder.vocabulary, key=router.embedder.vocabulary.__getitem__)
-    typical_V = router.embedder.components_VD @ (router.centroids_ND[cluster] - router.centroids_ND.mean(axis=0))
-    return {
-        "domain": max(sorted(domains), key=domains.__getitem__) if domains else None,
-        "domains": domains,
-        "documents": members.num_rows,
-        "tokens": {"train": 0, **tokens},
-        "words": [names[row] for row in np.argsort(-typical_V, kind="stable")[:8]],
-    }
-
-
-def embed_documents(
-    corpus: Corpus, train: NDArray[np.int64], config: Clustering
-) -> tuple[Embedder, NDArray[np.float32]]:
-    """The fitted transform, and unit vectors h_ND of all documents (zero where no word is known)."""
-    chosen = train
-    if len(train) > MAX_FIT_DOCUMENTS:
-        chosen = np.sort(np.random.default_rng(config.seed).choice(train, MAX_FIT_DOCUMENTS, replace=False))
-    vectorizer = TfidfVectorizer(analyzer=content_words, max_features=config.max_features)
-    try:
-        tf_idf_NV = vectorizer.fit_transform(_texts(corpus, chosen))
-    except ValueError as error:  # scikit-learn's "empty vocabulary"
-        raise ConfigError("corpus", f"no words to cluster by: {error}", "experts need text with words") from None
-    num_documents, num_words = tf_idf_NV.shape
-    dimensions = max(1, min(config.dimensions, num_words - 1, num_documents - 1))
-    svd = TruncatedSVD(dimensions, random_state=config.seed)
-    h_ND = np.zeros((corpus.documents.num_rows, dimensions), dtype=np.float32)
-    h_ND[chosen] = _unit(svd.fit_transform(tf_idf_NV))
-    others = np.setdiff1d(np.arange(len(h_ND)), chosen)
-    for start in range(0, len(others), 4_096):
-        batch = others[start : start + 4_096]
-        h_ND[batch] = _unit(svd.transform(vectorizer.transform(_texts(corpus, batch))))
-    components_VD = np.ascontiguousarray(svd.components_.T, dtype=np.float32)
-    vocabulary = {word: int(row) for word, row in vectorizer.vocabulary_.items()}
-    return Embedder(vocabulary, np.asarray(vectorizer.idf_, dtype=np.float64), components_VD), h_ND
-
-
-def content_words(text: str) -> list[str]:
-    """Words of a text without English stop words."""
-    return [word for word in words(text) if word not in ENGLISH_STOP_WORDS]
-
-
-def _texts(corpus: Corpus, documents: NDArray[np.int64]) -> Iterator[str]:
-    """The beginnings of documents, decoded from their tokens."""
-    columns = corpus.documents.select(["split", "first_token", "num_tokens"])
-    for row in columns.take(documents).to_pylist():
-        tokens = corpus.tokens(row["split"]).read(row["first_token"], min(row["num_tokens"], MAX_DOCUMENT_TOKENS))
-        yield corpus.tokenizer.decode(tokens.tolist())
-
-
-def _unit(x_ND: NDArray[Any]) -> NDArray[Any]:
-    length_N1 = np.linalg.norm(x_ND, axis=1, keepdims=True)
-    return np.asarray(np.divide(x_ND, length_N1, out=np.zeros_like(x_ND), where=length_N1 > 0))
-
-
-def _squared_distances(h_ND: NDArray[Any], centroids_CD: NDArray[Any]) -> NDArray[np.float64]:
-    """||h - c||^2 as distance_NC."""
-    squares_N1 = np.square(h_ND, dtype=np.float64).sum(axis=1, keepdims=True)
-    products_NC = h_ND.astype(np.float64) @ centroids_CD.T.astype(np.float64)
-    return np.asarray(squares_N1 - 2 * products_NC + np.square(centroids_CD, dtype=np.float64).sum(axis=1))
-
-
-def balanced_kmeans(
-    h_ND: NDArray[np.float32], tokens_N: NDArray[np.int64], num_clusters: int, iterations: int, seed: int
-) -> NDArray[np.float64]:
-    """Centroids_CD of clusters with about equal tokens; the same input and seed give the same clusters.
-
-    k-means where a document weighs its tokens and the assignment is `assign_balanced`; clusters are numbered by the
-    first document they hold.
-    """
-    best_cost, best_N = np.inf, np.zeros(len(h_ND), dtype=np.int64)
-    for restart in range(RESTARTS):
-        start = kmeans_plusplus(h_ND, num_clusters, sample_weight=tokens_N, random_state=seed + restart)
-        centroids_CD = start[0].astype(np.float64)
-        cluster_N = np.full(len(h_ND), -1)
-        for _ in range(iterations):
-            distance_NC = _squared_distances(h_ND, centroids_CD)
-            previous_N, cluster_N = cluster_N, assign_balanced(distance_NC, tokens_N)
-            if np.array_equal(previous_N, cluster_N):
+        progress("fit clusters", 0, 1, "")
+        fitted_CD = kmeans.balanced_kmeans(sample.h_ND, sample.tokens_N, num_clusters, config.iterations, config.seed)
+        progress("fit clusters", 1, 1, "")
+        estimate_N = sample.tokens_N / sample.share
+        centroids_CD = _stored(kmeans.merge_tiny(sample.h_ND, estimate_N, fitted_CD, config.min_cluster_tokens))
+        while True:  # again only where the sample has misjudged a cluster near the limit
+            cluster_N = _assign_all(corpus, embedder, centroids_CD, sample, over, progress)
+            tokens_C = _train_tokens(corpus, cluster_N, len(centroids_CD))
+            if len(centroids_CD) == 1 or tokens_C.min() >= config.min_cluster_tokens:
                 break
-            centroids_CD = _means(h_ND, tokens_N, cluster_N, centroids_CD)
-        cost = float((tokens_N * _squared_distances(h_ND, centroids_CD)[np.arange(len(h_ND)), cluster_N]).sum())
-        if cost < best_cost:
-            best_cost, best_N, best_CD = cost, cluster_N, centroids_CD
-    first_C = [int(np.argmax(best_N == c)) if (best_N == c).any() else len(best_N) for c in range(num_clusters)]
-    return np.asarray(best_CD[np.argsort(first_C, kind="stable")])
+            centroids_CD = _stored(kmeans.merge_smallest(centroids_CD, tokens_C))
+        merged = num_clusters - len(centroids_CD)
+    tokens_C = _train_tokens(corpus, cluster_N, len(centroids_CD))
+    ids = [f"e{c:02d}" for c in range(len(centroids_CD))]
+    router = Router(ids, embedder, centroids_CD.astype(np.float32), tokens_C / tokens_C.sum(), config.temperature)
+    return _Fit(router, cluster_N, sample, choice, merged)
 
 
-def _means(
-    h_ND: NDArray[np.float32], tokens_N: NDArray[np.int64], cluster_N: NDArray[Any], previous_CD: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Means of the clusters' documents, weighed by tokens; an empty cluster keeps its centroid."""
-    weight_NC = (cluster_N[:, None] == np.arange(len(previous_CD))) * tokens_N[:, None].astype(np.float64)
-    total_C1 = weight_NC.sum(axis=0)[:, None]
-    return np.where(total_C1 > 0, (weight_NC.T @ h_ND) / np.maximum(total_C1, 1), previous_CD)
+def _stored(centroids_CD: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Centroids as the router's file will have them."""
+    return centroids_CD.astype(np.float32).astype(np.float64)
 
 
-def assign_balanced(distance_NC: NDArray[np.float64], tokens_N: NDArray[np.int64]) -> NDArray[np.int64]:
-    """A cluster for each document, near it, no cluster above its even share of tokens + slack + one document.
+def _choose(sample: Sample, numbers: Sequence[int], config: Clustering) -> tuple[dict[str, Any], int]:
+    """The number with the best simplified silhouette on a part of the sample, the smallest of equals, and its account.
 
-    Greedy by regret: each document asks for the nearest cluster that is still open; a cluster takes those who would
-    lose most by going elsewhere, until it is full, and closes; the others ask again. At most C rounds, all vectorised.
+    1 where there are too few documents to try any.
     """
-    num_documents, num_clusters = distance_NC.shape
-    tokens_N = np.maximum(tokens_N, 1)  # so that a full cluster holds something
-    capacity = tokens_N.sum() / num_clusters * (1 + BALANCE_SLACK)
-    load_C = np.zeros(num_clusters)
-    cluster_N = np.full(num_documents, -1, dtype=np.int64)
-    cost_NC = distance_NC.copy()  # inf once a cluster is full
-    while (left := np.flatnonzero(cluster_N < 0)).size:
-        choice = cost_NC[left].argmin(axis=1)
-        sorted_NC = np.sort(cost_NC[left], axis=1)
-        order = np.argsort(sorted_NC[:, 0] - sorted_NC[:, -1 if num_clusters == 1 else 1], kind="stable")  # by regret
-        for cluster in np.unique(choice):
-            asking = order[choice[order] == cluster]
-            before = load_C[cluster] + np.cumsum(tokens_N[left[asking]]) - tokens_N[left[asking]]
-            taken = asking[before < capacity]
-            cluster_N[left[taken]] = cluster
-            load_C[cluster] += tokens_N[left[taken]].sum()
-            if load_C[cluster] >= capacity:
-                cost_NC[:, cluster] = np.inf
+    part = np.arange(len(sample.rows))
+    if len(part) > MAX_CHOICE_DOCUMENTS:
+        part = np.sort(np.random.default_rng(config.seed).choice(part, MAX_CHOICE_DOCUMENTS, replace=False))
+    scores = kmeans.try_numbers(sample.h_ND[part], sample.tokens_N[part], numbers, config.iterations, config.seed)
+    best = max(scores, key=scores.__getitem__, default=1)
+    tried = [{"num_clusters": number, "score": score} for number, score in scores.items()]
+    criterion = "simplified silhouette, mean over tokens"
+    return {"criterion": criterion, "documents": len(part), "tried": tried, "best": best}, best
+
+
+def _assign_all(
+    corpus: Corpus,
+    embedder: Embedder,
+    centroids_CD: NDArray[np.float64],
+    sample: Sample,
+    over: Over,
+    progress: Progress,
+) -> NDArray[np.int32]:
+    """The nearest centroid of every document, -1 where no word is known; what the sample holds is not read again."""
+    num_documents = corpus.documents.num_rows
+    cluster_N = np.full(num_documents, -1, dtype=np.int32)
+    cluster_N[sample.rows] = assign.nearest(sample.h_ND, centroids_CD)
+    others = np.setdiff1d(np.arange(num_documents), sample.rows)
+    items = [located(corpus, others[at : at + ITEM_DOCUMENTS]) for at in range(0, len(others), ITEM_DOCUMENTS)]
+    done = 0
+    progress("assign clusters", done, len(others), "")
+    for assigned in over(assign.task(corpus.folder, embedder, centroids_CD), items):
+        cluster_N[assigned["row"]] = assigned["cluster"]
+        done += len(assigned["row"])
+        progress("assign clusters", done, len(others), "")
+    assert done == len(others), "documents were lost on their way"
     return cluster_N
 
 
-def _random_clusters(
-    tokens_N: NDArray[np.int64], split_N: NDArray[Any], num_clusters: int, seed: int
-) -> NDArray[np.int32]:
+def _train_tokens(corpus: Corpus, cluster_N: NDArray[np.int32], num_clusters: int) -> NDArray[np.int64]:
+    """Training tokens of each cluster."""
+    placed_N = in_training(corpus) & (cluster_N >= 0)
+    tokens_N = corpus.documents["num_tokens"].to_numpy()[placed_N]
+    return np.bincount(cluster_N[placed_N], weights=tokens_N, minlength=num_clusters).astype(np.int64)
+
+
+def _random_clusters(corpus: Corpus, num_clusters: int, seed: int) -> NDArray[np.int32]:
     """Clusters drawn by seed, of even token counts within each split."""
+    split_N, tokens_N = np.array(corpus.documents["split"].to_pylist()), corpus.documents["num_tokens"].to_numpy()
     generator = np.random.default_rng(seed)
     cluster_N = np.zeros(len(tokens_N), dtype=np.int32)
     for split in sorted(set(split_N.tolist())):
@@ -264,3 +216,76 @@ def _random_clusters(
         middle = np.cumsum(tokens_N[shuffled]) - tokens_N[shuffled] / 2
         cluster_N[shuffled] = np.minimum(num_clusters * middle // max(1, tokens_N[shuffled].sum()), num_clusters - 1)
     return cluster_N
+
+
+def _write(corpus: Corpus, made: _Fit, identity: dict[str, Any], place: Path) -> None:
+    """The folder of a clustering: one assignment a document, one list of documents a cluster, the router."""
+    num_clusters = len(made.router.ids)
+    with artefacts.new_folder(place) as folder:
+        np.save(folder / "assignments.npy", made.cluster_N[:, None])
+        for cluster in range(num_clusters):  # what the training of one expert reads
+            np.save(folder / f"documents-{cluster:02d}.npy", np.flatnonzero(made.cluster_N == cluster))
+        made.router.write(folder)
+        manifest = {
+            "format_version": artefacts.FORMAT_VERSION,
+            **identity,
+            "choice": made.choice,
+            "merged": made.merged,
+            "agreement": _agreement(corpus, made.cluster_N),
+            "clusters": _describe(corpus, made),
+        }
+        artefacts.write_json(folder / "manifest.json", {**manifest, "files": artefacts.digest_files(folder)})
+
+
+def _agreement(corpus: Corpus, cluster_N: NDArray[np.int32]) -> dict[str, float] | None:
+    """How clusters agree with the given domains, over training documents; None where there are not two domains.
+
+    Normalised mutual information (by the arithmetic mean of the entropies), and the share of documents whose domain is
+    the most frequent one of their cluster.
+    """
+    placed_N = in_training(corpus) & (cluster_N >= 0)
+    names, domain_N = np.unique(corpus.documents["domain"].to_pylist(), return_inverse=True)
+    domain_N, cluster_N = domain_N[placed_N], cluster_N[placed_N]
+    if len(set(domain_N.tolist())) < 2:
+        return None
+    count_CM = np.zeros((cluster_N.max() + 1, len(names)), dtype=np.int64)  # M domains
+    np.add.at(count_CM, (cluster_N, domain_N), 1)
+    purity = float(count_CM.max(axis=1).sum() / len(cluster_N))
+    return {"nmi": float(normalized_mutual_info_score(domain_N, cluster_N)), "purity": purity}
+
+
+def _describe(corpus: Corpus, made: _Fit) -> list[dict[str, Any]]:
+    """What a reader wants to know of each cluster: its domains by tokens, its size, typical words, example titles."""
+    embedder, centroids_CD = made.router.embedder, made.router.centroids_ND
+    names = sorted(embedder.vocabulary, key=embedder.vocabulary.__getitem__)
+    middle_D = centroids_CD.mean(axis=0) if len(centroids_CD) > 1 else 0
+    documents = corpus.documents.select(["split", "domain", "num_tokens"])
+    described = []
+    for cluster, centroid_D in enumerate(centroids_CD):
+        members = documents.filter(made.cluster_N == cluster)
+        domains, typical_V = _sums(members, "domain"), embedder.components_VD @ (centroid_D - middle_D)
+        described.append(
+            {
+                "domain": max(sorted(domains), key=domains.__getitem__, default=None),
+                "domains": domains,
+                "documents": members.num_rows,
+                "tokens": {"train": 0, **_sums(members, "split")},
+                "words": [names[row] for row in np.argsort(-typical_V, kind="stable")[:NUM_WORDS]],
+                "titles": _titles(corpus, made, cluster),
+            }
+        )
+    return described
+
+
+def _sums(documents: Any, column: str) -> dict[str, int]:
+    """Tokens by the values of a column, in the order of their names."""
+    found = documents.group_by(column).aggregate([("num_tokens", "sum")]).sort_by(column)
+    return dict(zip(found[column].to_pylist(), found["num_tokens_sum"].to_pylist(), strict=True))
+
+
+def _titles(corpus: Corpus, made: _Fit, cluster: int) -> list[str]:
+    """The first lines of those documents of the sample that are nearest to a cluster's centroid."""
+    own = np.flatnonzero(made.cluster_N[made.sample.rows] == cluster)
+    distance_N = np.square(made.sample.h_ND[own] - made.router.centroids_ND[cluster]).sum(axis=1)
+    closest = made.sample.rows[own[np.argsort(distance_N, kind="stable")[:NUM_TITLES]]]
+    return [text.strip().split("\n", 1)[0][:TITLE_CHARS] for text in first_texts(corpus, located(corpus, closest))]

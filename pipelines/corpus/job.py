@@ -1,7 +1,7 @@
-"""`ulm corpus build` on Ray Data: read, clean and tokenize on all workers, judge and write in one place.
+"""`ulm corpus build` and `ulm corpus extend` on Ray Data: assemble.py's steps, their parts side by side on all workers.
 
-Three streaming passes: sources to cleaned documents (kept in the object store, which spills to disk), a sample of
-them to the tokenizer, all kept ones to tokens, which are written in corpus order as they arrive.
+Each step is one streaming Ray Data pipeline, named in Ray's dashboard by its task: read_and_clean,
+find_near_duplicates, tokenize_documents.
 """
 
 from __future__ import annotations
@@ -10,42 +10,28 @@ import argparse
 import json
 import logging
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
 
-from pipelines.corpus.documents import LEAN, Judged, choose_sample, judge, read_documents
-from pipelines.corpus.publish import CorpusWriter, building
-from pipelines.corpus.sources import Listing, Unit, list_sources, share_out
-from pipelines.corpus.tokens import (
-    SHARD_BYTES,
-    chosen_rows,
-    find_tokenizer,
-    make_tokenizer,
-    stored_tokenizer,
-    token_table,
-    tokenize,
-)
+from pipelines.corpus import assemble
+from pipelines.corpus.over import Item, Over, Progress, Task
+from pipelines.corpus.tokens import SHARD_BYTES
 from ulm import runtime
-from ulm.errors import ConfigError, CorpusError, UlmError
+from ulm.errors import ConfigError, UlmError
 from ulm.recipes.base import Recipe, load
-from ulm.recipes.corpus import CorpusRecipe, TokenizerRecipe, TokenizerSection
-from ulm.tokenizers.tokenizer import Tokenizer
+from ulm.recipes.corpus import CorpusRecipe, ExtendRecipe
 
-Progress = Callable[[str, int, int | None], None]  # stage, done, of how many
 R = TypeVar("R", bound=Recipe)
-log = logging.getLogger(__name__)
 
 
 def build(
-    recipe: CorpusRecipe,
+    recipe: CorpusRecipe | ExtendRecipe,
     *,
     root: Path,
     near: Path | None = None,
@@ -54,19 +40,10 @@ def build(
 ) -> dict[str, Any]:
     """Build a corpus on the Ray cluster that this process has joined; returns the last line of `ulm corpus build`.
 
-    Raises ConfigError for a source that does not exist, CorpusError if no document is left.
+    Raises what `assemble.build` does.
     """
-    with quiet_data(), building(root) as folder:
-        tokenizer = None
-        if isinstance(recipe.tokenizer, str):
-            tokenizer = find_tokenizer(recipe.tokenizer, root=root, near=near)  # before the work, not after it
-        documents = Documents(recipe, root=root, near=near, progress=progress)
-        tokenizer = tokenizer or documents.train_tokenizer()
-        tokenizer.save(root)
-        writer = CorpusWriter(folder, documents.listing, documents.judged, tokenizer, shard_bytes)
-        documents.tokenize_into(writer, tokenizer)
-        corpus = writer.publish(recipe, root, documents.seconds)
-    log.info("corpus %s: %s", recipe.name, documents.seconds)
+    over = over_ray(recipe.workers)
+    corpus = assemble.build(recipe, root=root, near=near, over=over, progress=progress, shard_bytes=shard_bytes)
     manifest = corpus.manifest
     return {
         "corpus": str(corpus.folder),
@@ -76,126 +53,45 @@ def build(
     }
 
 
-class Documents:
-    """The cleaned documents of a recipe in the object store, and what becomes of each."""
+def over_ray(workers: int | None) -> Over:
+    """An `Over` on Ray Data with so many tasks at a time; None: as many as the cluster has CPUs."""
+    num_tasks = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
 
-    def __init__(
-        self,
-        recipe: CorpusRecipe | TokenizerRecipe,
-        *,
-        root: Path,
-        near: Path | None = None,
-        progress: Progress | None = None,
-    ) -> None:
-        self.recipe = recipe
-        self.progress = progress or (lambda stage, done, total: None)
-        self.workers = recipe.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-        self.seconds: dict[str, float] = {}
-        with self._timed("list"):
-            self.listing: Listing = list_sources(recipe.sources, near=near, root=root)
-        with self._timed("read and clean"):
-            self._table = self._read()
-        with self._timed("judge"):
-            lean = self._table.select_columns(LEAN).iter_batches(batch_size=None, batch_format="pyarrow")
-            rows = pa.concat_tables(list(lean))
-            self.judged: Judged = judge(rows, self.listing.units, self.listing.names, recipe.clean, recipe.split)
-        if not self.judged.num_kept:
-            raise CorpusError(nothing_left(self.listing, self.judged))
+    def over(task: Task, items: Sequence[Item]) -> Iterator[Item]:
+        if not items:
+            return
 
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        start = time.monotonic()
-        self.progress(stage, 0, None)
-        yield
-        self.seconds[stage] = time.monotonic() - start
-        self.progress(stage, 1, 1)
+        def run(batch: pa.Table) -> pa.Table:
+            results = [json.dumps(task(json.loads(item))) for item in batch["item"].to_pylist()]
+            return pa.table({"result": pa.array(results, pa.string())})
 
-    def _read(self) -> ray.data.Dataset:
-        groups = share_out(self.listing.units, self.workers)
-        self._num_tasks = min(self.workers, len(groups))  # Ray Data warns of more workers than blocks
-        log.info("reading %d units in %d groups", len(self.listing.units), len(groups))
-        clean = self.recipe.clean
+        run.__name__ = run.__qualname__ = task.__name__  # what the dashboard shows
+        with quiet_data():
+            rows = [{"item": json.dumps(item)} for item in items]
+            data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+                run,
+                batch_size=None,
+                batch_format="pyarrow",
+                compute=ray.data.TaskPoolStrategy(size=min(num_tasks, len(rows))),  # it warns of more tasks than blocks
+            )
+            for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                yield from map(json.loads, batch["result"].to_pylist())
 
-        def read(batch: pa.Table) -> Iterator[pa.Table]:
-            for group in batch["group"].to_pylist():
-                yield from read_documents([(number, Unit(**unit)) for number, unit in json.loads(group)], clean)
-
-        items = [{"group": json.dumps(group)} for group in groups]
-        return self._map(ray.data.from_items(items, override_num_blocks=len(items)), read).materialize()
-
-    def _map(self, data: ray.data.Dataset, function: Callable[[pa.Table], Any]) -> ray.data.Dataset:
-        return data.map_batches(
-            function,
-            batch_size=None,
-            batch_format="pyarrow",
-            zero_copy_batch=True,
-            compute=ray.data.TaskPoolStrategy(size=self._num_tasks),
-        )
-
-    def train_tokenizer(self) -> Tokenizer:
-        """The tokenizer that the recipe describes, from a sample of the train split."""
-        section = self.recipe.tokenizer
-        assert isinstance(section, TokenizerSection)
-        with self._timed("tokenizer"):
-            chosen = choose_sample(self.judged, section.sample_bytes)
-            text_bytes = int(self.judged.num_bytes[self.judged.split == 0].sum())
-            return make_tokenizer(section, text_bytes, (text for _, text in self._texts(chosen)))
-
-    def _texts(self, chosen: np.ndarray[Any, np.dtype[np.bool_]]) -> Iterator[tuple[int, str]]:
-        """Row number and text of the chosen rows, in corpus order."""
-        marks = ray.put((chosen, self.judged.first_row))
-
-        def select(batch: pa.Table) -> pa.Table:
-            return chosen_rows(batch, *ray.get(marks))
-
-        for batch in self._map(self._table, select).iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield from zip(batch["row"].to_pylist(), batch["text"].to_pylist(), strict=True)
-
-    def tokenize_into(self, writer: CorpusWriter, tokenizer: Tokenizer) -> None:
-        """All kept documents as tokens, handed to the writer in corpus order."""
-        marks = ray.put((self.judged.split >= 0, self.judged.first_row))
-        stored = ray.put((tokenizer.inner.to_str(), tokenizer.kind, tokenizer.chat_template))
-        max_bytes = self.recipe.clean.max_document_bytes
-
-        def encode(batch: pa.Table) -> Iterator[pa.Table]:
-            kept = chosen_rows(batch, *ray.get(marks))
-            texts = zip(kept["row"].to_pylist(), (text.as_py() for text in kept["text"]), strict=True)
-            for encoded in tokenize(texts, stored_tokenizer(*ray.get(stored)), max_bytes):
-                yield token_table(encoded)
-            yield token_table([])
-
-        total = self.judged.num_kept
-        with self._timed("tokenize and write"):
-            for batch in self._map(self._table, encode).iter_batches(batch_size=None, batch_format="pyarrow"):
-                for row in zip(
-                    *(batch[name].to_pylist() for name in ("row", "id", "num_bytes", "tokens")), strict=True
-                ):
-                    writer.add(*row)
-                self.progress("tokenize and write", writer.num_documents, total)
-
-
-def nothing_left(listing: Listing, judged: Judged) -> str:
-    """Why no document is left: each reason with its count, and the first few by name."""
-    reasons = [f"{reason} {count}" for reason, count in sorted(judged.dropped.items())]
-    if listing.ignored:
-        reasons.append(f"not read {len(listing.ignored)}")
-    examples = [f"{row['path']} ({row['reason']})" for row in judged.listed[:3]]
-    examples += [f"{file.path} ({file.reason})" for file in listing.ignored[: 3 - len(examples)]]
-    return "no document is left of the sources: " + ", ".join([*reasons, *examples] or ["they hold no files"])
+    return over
 
 
 @contextmanager
 def quiet_data() -> Iterator[None]:
-    """Ray Data in corpus order, without bars and notes of its own; its settings come back afterwards."""
+    """Ray Data without bars and notes of its own; its settings come back afterwards."""
     context = ray.data.DataContext.get_current()
     noisy = logging.getLogger("ray.data")
-    before = context.enable_progress_bars, context.execution_options.preserve_order, noisy.level
-    context.enable_progress_bars, context.execution_options.preserve_order = False, True
+    before = context.enable_progress_bars, noisy.level
+    context.enable_progress_bars = False
     noisy.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        context.enable_progress_bars, context.execution_options.preserve_order, level = before
+        context.enable_progress_bars, level = before
         noisy.setLevel(level)
 
 

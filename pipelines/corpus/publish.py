@@ -1,84 +1,65 @@
-"""The corpus folder: shards as tokens arrive, then documents.parquet, manifest, report, and its place in the root."""
+"""The corpus folder: shards, documents.parquet, manifest, report, and its place in the root."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 import ulm
-from pipelines.corpus.documents import Judged
-from pipelines.corpus.report import write_report
-from pipelines.corpus.sources import Listing
-from pipelines.corpus.tokens import SHARD_BYTES, ShardWriter
+from pipelines.corpus.report.figures import write_report
+from pipelines.corpus.tokens import ShardWriter
 from ulm import artefacts
 from ulm.corpus.manifest import DOCUMENT_COLUMNS, DOCUMENTS, SPLITS, Corpus, token_dtype
+from ulm.corpus.rows import RowPlan
 from ulm.errors import ArtefactError
-from ulm.recipes.corpus import CorpusRecipe, Source
-from ulm.tokenizers.tokenizer import Tokenizer
+from ulm.recipes.corpus import Source
+
+if TYPE_CHECKING:
+    from pipelines.corpus.assemble import Build
+
+PLAN_CONTEXT_TOKENS = 256  # of the row plan whose padding a manifest states
 
 
-@contextmanager
-def building(root: Path) -> Iterator[Path]:
-    """A folder to build a corpus in, beside its later place and never listed; removed at the end."""
-    corpora = root / "corpora"
-    corpora.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="build.", suffix=artefacts.PARTIAL, dir=corpora) as name:
-        yield Path(name)
+def publish(build: Build, tokens: Sequence[Path], shard_bytes: int) -> Corpus:
+    """Write the corpus of a build, and move it to its place. An undamaged corpus of the same digest stays."""
+    corpora = build.root / "corpora"
+    with tempfile.TemporaryDirectory(prefix="writing.", suffix=artefacts.PARTIAL, dir=corpora) as name:
+        return _Publisher(build, Path(name), shard_bytes).publish(tokens)
 
 
-class CorpusWriter:
-    """Takes documents in corpus order and makes the corpus of them."""
+class _Publisher:
+    def __init__(self, build: Build, folder: Path, shard_bytes: int) -> None:
+        assert build.tokenizer is not None
+        self.build, self.folder, self.judged, self.tokenizer = build, folder, build.judged, build.tokenizer
+        self.dtype = token_dtype(self.tokenizer.vocab_size)
+        base = build.base
+        before: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
+        for split, names in (base.manifest["shards"] if base else {}).items():
+            before[split] = {name: base.manifest["content"]["shards"][name] for name in names}  # type: ignore[union-attr]
+        self.tokens_before = {split: base.num_tokens(split) if base else 0 for split in SPLITS}
+        self.shards = {split: ShardWriter(folder, split, shard_bytes, before[split]) for split in SPLITS}
 
-    def __init__(
-        self, folder: Path, listing: Listing, judged: Judged, tokenizer: Tokenizer, shard_bytes: int = SHARD_BYTES
-    ) -> None:
-        self.folder, self.listing, self.judged, self.tokenizer = folder, listing, judged, tokenizer
-        self.dtype = token_dtype(tokenizer.vocab_size)
-        self.shards = {split: ShardWriter(folder, split, shard_bytes) for split in SPLITS}
-        self._columns: dict[str, list[Any]] = {
-            name: [] for name in ("row", "id", "split", "first", "num_tokens", "num_bytes")
-        }
-        self._seen: Counter[str] = Counter()
-
-    def add(self, row: int, identity: str, num_bytes: int, tokens: bytes) -> None:
-        """The next document (or piece of one): the row it was read from, the digest of its text, its tokens."""
-        split = int(self.judged.split[row])
-        shard = self.shards[SPLITS[split]]
-        self._seen[identity] += 1
-        if self._seen[identity] > 1:  # the same text again, where duplicates are kept
-            identity = f"{identity}-{self._seen[identity]}"
-        first = shard.num_bytes // self.dtype.itemsize
-        values = (row, identity, split, first, len(tokens) // self.dtype.itemsize, num_bytes)
-        for column, value in zip(self._columns.values(), values, strict=True):
-            column.append(value)
-        shard.write(tokens)
-
-    @property
-    def num_documents(self) -> int:
-        """Documents so far."""
-        return len(self._columns["row"])
-
-    def publish(self, recipe: CorpusRecipe, root: Path, seconds: dict[str, float]) -> Corpus:
-        """Write all that remains and move the folder to its place. An undamaged corpus of the same digest stays."""
-        for shard in self.shards.values():
-            shard.close()
-        documents = self._documents(recipe)
+    def publish(self, tokens: Sequence[Path]) -> Corpus:
+        documents = self._write_shards(tokens)
         pq.write_table(documents, self.folder / DOCUMENTS, compression="zstd")
         self.tokenizer.write(self.folder)
-        content = self._content(recipe, documents)
+        content = self._content(documents)
         digest = artefacts.digest_json(content)
-        manifest = self._manifest(recipe, content, digest, documents, seconds)
-        write_report(self.folder / "report.html", manifest)
+        manifest = self._manifest(content, digest, documents)
+        root, base = self.build.root, self.build.base
+        for name in base.manifest["content"]["shards"] if base else ():
+            _link(base.folder / name, self.folder / name)  # type: ignore[union-attr]
         manifest["files"] = artefacts.digest_files(self.folder)
         place = root / "corpora" / digest
         _remove_damaged(place)
@@ -86,62 +67,101 @@ class CorpusWriter:
             with artefacts.new_folder(place) as partial:
                 for file in sorted(self.folder.iterdir()):
                     os.rename(file, partial / file.name)
+                manifest["padding"] = self._padding(partial, manifest)
+                write_report(partial, manifest)
                 artefacts.write_json(partial / "manifest.json", manifest)
-        artefacts.point(root / "corpora" / "names" / recipe.name, place)
+        artefacts.point(root / "corpora" / "names" / self.build.recipe.name, place)
         return Corpus.read(place, verify=False)
 
-    def _documents(self, recipe: CorpusRecipe) -> pa.Table:
-        columns, units = self._columns, self.listing.units
-        rows = np.array(columns["row"], dtype=np.int64)
-        unit = self.judged.rows["unit"].to_numpy()[rows]
+    def _write_shards(self, parts: Sequence[Path]) -> pa.Table:
+        """All tokens in corpus order, a split at a time of each part; the table of documents."""
+        judged, before = self.judged, self.build._documents_before
+        counts = [np.load(part / "counts.npy") for part in parts]
+        refused = np.zeros(len(judged.alive), np.bool_)
+        for number, found in enumerate(counts):
+            alive = np.flatnonzero(judged.alive[before[number] : before[number + 1]]) + before[number]
+            refused[alive[found[:, 0] < 0]] = True
+        for number, part in enumerate(parts):
+            chosen = judged.alive[before[number] : before[number + 1]]
+            split = judged.split[before[number] : before[number + 1]][chosen]
+            num_tokens = np.maximum(counts[number][:, 0], 0)
+            tokens = np.load(part / "tokens.npy", mmap_mode="r")
+            of_token = np.repeat(split, num_tokens)
+            for value in np.unique(split).tolist():
+                self.shards[SPLITS[value]].write(tokens[of_token == value].tobytes())
+        for shard in self.shards.values():
+            shard.close()
+        if refused.any():
+            judged.drop_untokenized(refused)
+        all_counts = np.concatenate(counts) if counts else np.zeros((0, 2), np.int64)
+        return self._documents(all_counts[all_counts[:, 0] >= 0])
+
+    def _documents(self, counts: NDArray[np.int64]) -> pa.Table:
+        judged, units, sources = self.judged, self.build.listing.units, self.build.recipe.sources
+        kept = np.flatnonzero(judged.alive)
+        rows = judged.row_of[kept]
+        unit = judged.rows["unit"].to_numpy()[rows]
         source = np.array([u.source for u in units], dtype=np.int32)[unit]
-        names = self.listing.names
+        split = judged.split[kept]
+        first = np.zeros(len(kept), np.int64)
+        for number, name in enumerate(SPLITS):
+            mine = split == number
+            first[mine] = self.tokens_before[name] + np.cumsum(counts[mine, 0]) - counts[mine, 0]
+        names = self.build.listing.names
         labels = {
             "source": names,
-            "domain": [s.domain or name for s, name in zip(recipe.sources, names, strict=True)],
-            "licence": [s.licence for s in recipe.sources],
+            "domain": [s.domain or name for s, name in zip(sources, names, strict=True)],
+            "licence": [s.licence for s in sources],
         }
+        base = self.build.base
+        earlier = set(base.documents["id"].to_pylist()) if base else set()
         table = {
-            "id": pa.array(columns["id"], pa.string()),
+            "id": pa.array(_distinct([judged.ids[d] for d in kept], earlier), pa.string()),
             **{key: pa.array(values, pa.string()).take(pa.array(source)) for key, values in labels.items()},
             "path": pa.array([u.path for u in units], pa.string()).take(pa.array(unit)),
-            "offset": pa.array(self.judged.rows["offset"].to_numpy()[rows], pa.int64()),
-            "split": pa.array(SPLITS, pa.string()).take(pa.array(columns["split"], pa.int8())),
-            "first_token": pa.array(columns["first"], pa.int64()),
-            "num_tokens": pa.array(columns["num_tokens"], pa.int64()),
-            "num_source_tokens": pa.array(np.zeros(len(rows)), pa.int64()),
-            "num_bytes": pa.array(columns["num_bytes"], pa.int64()),
+            "offset": pa.array(judged.rows["offset"].to_numpy()[rows], pa.int64()),
+            "split": pa.array(SPLITS, pa.string()).take(pa.array(split)),
+            "first_token": pa.array(first),
+            "num_tokens": pa.array(counts[:, 0]),
+            "num_source_tokens": pa.array(counts[:, 1]),
+            "num_bytes": pa.array(judged.num_bytes[kept]),
         }
-        return pa.table({name: table[name] for name in DOCUMENT_COLUMNS})
+        documents = pa.table({name: table[name] for name in DOCUMENT_COLUMNS})
+        if base is None:
+            return documents
+        return pa.concat_tables([base.documents.cast(documents.schema), documents]).combine_chunks()
 
-    def _content(self, recipe: CorpusRecipe, documents: pa.Table) -> dict[str, Any]:
+    def _content(self, documents: pa.Table) -> dict[str, Any]:
         """What the digest covers: no path, time or number of workers, and no name that comes from a path."""
-        units = self.judged.source_digests(self.listing.units, len(recipe.sources))
+        build, recipe = self.build, self.build.recipe
         order = documents.select(["id", "split", "num_tokens", "num_bytes"]).to_pydict()
-        return {
+        content: dict[str, Any] = {
             "sources": [
                 {"content": artefacts.digest_json(digests), **_settings(source)}
-                for source, digests in zip(recipe.sources, units, strict=True)
+                for source, digests in zip(recipe.sources, self.judged.source_digests(), strict=True)
             ],
-            "clean": recipe.clean.model_dump(),
-            "split": recipe.split.model_dump(),
+            "clean": _clean(build),
+            "split": build.split.model_dump(),
+            "exclude": sorted(recipe.exclude),
             "tokenizer": self.tokenizer.digest,
             "documents": artefacts.digest_json(order),
             "shards": self._digests(),
         }
+        return content if build.base is None else {**content, "base": build.base.digest}
 
     def _digests(self) -> dict[str, str]:
         return {name: digest for shard in self.shards.values() for name, digest in shard.digests.items()}
 
-    def _manifest(
-        self, recipe: CorpusRecipe, content: dict[str, Any], digest: str, documents: pa.Table, seconds: dict[str, float]
-    ) -> dict[str, Any]:
-        present = [split for split in SPLITS if self.shards[split].num_bytes or split in set(self._splits())]
-        judged = self.judged
-        bytes_of = {split: 0 for split in present}
-        for split, size in zip(self._splits(), self._columns["num_bytes"], strict=True):
-            bytes_of[split] += size
+    def _manifest(self, content: dict[str, Any], digest: str, documents: pa.Table) -> dict[str, Any]:
+        build, judged, recipe, base = self.build, self.judged, self.build.recipe, self.build.base
+        present = [split for split in SPLITS if split in set(documents["split"].unique().to_pylist())]
         origins = [s.path or s.dataset for s in recipe.sources]
+        sources = [
+            {"name": name, "origin": origin, "domain": s.domain or name, "licence": s.licence, "weight": s.weight}
+            for s, name, origin in zip(recipe.sources, build.listing.names, origins, strict=True)
+        ]
+        num_base = base.documents.num_rows if base else 0
+        by_domain = _by_domain(documents)
         return {
             "format_version": artefacts.FORMAT_VERSION,
             "digest": digest,
@@ -149,26 +169,29 @@ class CorpusWriter:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "code_version": ulm.__version__,
             "workers": recipe.workers,
+            "base": {"digest": base.digest, "name": base.name, "documents": num_base} if base else None,
             "content": content,
-            "sources": [
-                {"name": name, "origin": origin, "domain": s.domain or name, "licence": s.licence, "weight": s.weight}
-                for s, name, origin in zip(recipe.sources, self.listing.names, origins, strict=True)
-            ],
+            "clean": build.clean.model_dump(),
+            "split": build.split.model_dump(),
+            "sources": [*(base.manifest["sources"] if base else ()), *sources],
             "documents": {
-                "in": judged.num_in,
-                "kept": self.num_documents,
-                "dropped": dict(sorted(judged.dropped.items())),
+                "in": num_base + judged.num_in,
+                "kept": documents.num_rows,
+                "dropped": judged.dropped(),
             },
-            "cut": {"documents": self._num_cut(), "pieces_added": self.num_documents - judged.num_kept},
-            "stages": judged.stages,
-            "dropped": judged.listed,
+            "cut": self._cut(),
+            "stages": judged.stages(),
+            "samples": judged.samples,
+            "near_duplicates": judged.near,
+            "dropped": judged.listed(),
             "ignored": [
-                {"source": self.listing.names[i.source], "path": i.path, "reason": i.reason}
-                for i in self.listing.ignored[:1_000]
+                {"source": build.listing.names[i.source], "path": i.path, "reason": i.reason}
+                for i in build.listing.ignored[:1_000]
             ],
-            "tokens": {split: self.shards[split].num_bytes // self.dtype.itemsize for split in present},
-            "bytes": bytes_of,
-            "domains": _by_domain(documents),
+            "num_ignored": len(build.listing.ignored),
+            "tokens": {s: sum(d["tokens"] for d in by_domain if d["split"] == s) for s in present},
+            "bytes": {s: sum(d["bytes"] for d in by_domain if d["split"] == s) for s in present},
+            "domains": by_domain,
             "dtype": self.dtype.str,
             "shards": {split: list(self.shards[split].digests) for split in present},
             "tokenizer": {
@@ -176,19 +199,46 @@ class CorpusWriter:
                 "kind": self.tokenizer.kind,
                 "vocab_size": self.tokenizer.vocab_size,
             },
-            "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
+            "seconds": {stage: round(value, 3) for stage, value in build.seconds.items()},
+            "cpu_seconds": {stage: round(value, 3) for stage, value in build.cpu_seconds.items()},
         }
 
-    def _splits(self) -> list[str]:
-        return [SPLITS[split] for split in self._columns["split"]]
+    def _cut(self) -> dict[str, int]:
+        """Documents that were cut, and how many documents there are more for it."""
+        piece = self.judged.rows["piece"].to_numpy()[self.judged.row_of]
+        return {"documents": int((piece == 1).sum()), "pieces_added": int((piece > 0).sum())}
 
-    def _num_cut(self) -> int:
-        return sum(count > 1 for count in Counter(self._columns["row"]).values())
+    def _padding(self, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+        """The share of padding in the training rows of one stated context."""
+        split = "train" if "train" in manifest["tokens"] else next(iter(manifest["tokens"]))
+        plan = RowPlan.make(Corpus(folder, manifest), split, context_tokens=PLAN_CONTEXT_TOKENS)
+        return {"context_tokens": PLAN_CONTEXT_TOKENS, "split": split, "share": round(plan.padding_share, 6)}
+
+
+def _distinct(ids: list[str], earlier: set[str]) -> list[str]:
+    """The ids, numbered where the same text stands more than once because duplicates are kept."""
+    if len(set(ids)) == len(ids) and not earlier.intersection(ids):
+        return ids
+    seen = Counter(earlier)
+    found = []
+    for identity in ids:
+        seen[identity] += 1
+        found.append(identity if seen[identity] == 1 else f"{identity}-{seen[identity]}")
+    return found
 
 
 def _settings(source: Source) -> dict[str, Any]:
     """A source's own settings, its path aside."""
     return source.model_dump(exclude={"path", "dataset", "config"}, exclude_none=True)
+
+
+def _clean(build: Build) -> dict[str, Any]:
+    """The settings of cleaning; of evaluation sets their content instead of their paths."""
+    settings = build.clean.model_dump()
+    if build.ngrams is not None:
+        settings["decontamination"] = {**settings["decontamination"], "ngrams": build.ngrams.digest}
+        del settings["decontamination"]["sets"]
+    return settings
 
 
 def _by_domain(documents: pa.Table) -> list[dict[str, Any]]:
@@ -197,6 +247,14 @@ def _by_domain(documents: pa.Table) -> list[dict[str, Any]]:
     )
     names = {"id_count": "documents", "num_tokens_sum": "tokens", "num_bytes_sum": "bytes"}
     return [{names.get(key, key): value for key, value in row.items()} for row in sums.to_pylist()]
+
+
+def _link(source: Path, place: Path) -> None:
+    """The same file a second time: a link where the disk can, else a copy."""
+    try:
+        os.link(source, place)
+    except OSError:
+        shutil.copyfile(source, place)
 
 
 def _remove_damaged(place: Path) -> None:

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
+import importlib.util
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from encodings.aliases import aliases
 from pathlib import Path
-from typing import Any
 
+from pipelines.corpus.reading.formats import BOOKS, FORMATS, ROWS, TABLES, UNCOMPRESSED, by_name
+from pipelines.corpus.reading.places import Found, find_files
 from pipelines.corpus.split import named_split
 from ulm.corpus.manifest import SPLITS
 from ulm.errors import ConfigError, did_you_mean
-from ulm.recipes.base import resolve_path
 from ulm.recipes.corpus import Source
 
-FORMATS = {
-    ".txt": "txt", ".text": "txt", ".md": "md", ".markdown": "md", ".py": "py",
-    ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet",
-}  # fmt: skip
-ROW_FORMATS = ("jsonl", "parquet", "dataset")
-# The parts that a large file or dataset is read in. They are in the corpus digest: a change makes new digests.
-CHUNK_BYTES = 4 << 20
-CHUNK_ROWS = 10_000
+MAX_PART_UNITS = 1_000
 
 
 @dataclass(frozen=True)
@@ -31,17 +27,18 @@ class Unit:
 
     source: int
     path: str  # as recorded: relative to the source
-    file: str  # where it is, in os.fsdecode's spelling; of a dataset: what load_dataset takes
-    format: str
-    document: str
-    text: str  # column or key of the text
-    split: str | None  # the files' own
-    start: int = 0  # byte, row group or row
-    end: int | None = None  # None: to the end
-    row: int = 0  # number of the first row, of parquet
+    file: str  # where it is: a local path in os.fsdecode's spelling, a URI, or what load_dataset takes
+    format: str  # of a file's content, or "dataset"
+    compression: str | None = None  # "gz" or "zst"
+    split: str | None = None  # the file's own
+    start: int = 0  # byte, row group or row; of a streamed dataset: its shard
+    end: int | None = None  # None: to the end; of a streamed dataset: the number of its shards
+    row: int = 0  # number of the first row, of parquet and datasets
+    piece: int = 0  # number of this piece of a file that is one document
     size: int = 0  # bytes, to share the work out
-    config: str | None = None  # of a dataset
+    modified: float = 0.0  # seconds since 1970, to know an unfinished build's files again
     dataset_split: str | None = None
+    version: str | None = None  # of a dataset: its fingerprint, where it has one
 
 
 @dataclass(frozen=True)
@@ -62,37 +59,65 @@ class Listing:
     names: list[str]
 
 
-def list_sources(sources: list[Source], *, near: Path | None, root: Path) -> Listing:
-    """Units of all sources. Raises ConfigError where a source names nothing that exists."""
+def list_sources(sources: Sequence[Source], *, near: Path | None, root: Path, max_bytes: int) -> Listing:
+    """Units of all sources. Raises ConfigError where a source names nothing that exists, or cannot be meant.
+
+    `max_bytes` is the recipe's max_document_bytes: a file that is one document comes in units of so many.
+    """
     names = _names(sources)
     units: list[Unit] = []
     ignored: list[Ignored] = []
     for number, source in enumerate(sources):
         place = f"sources.{number}"
+        _check(source, place)
         if source.dataset is not None:
-            from pipelines.corpus.hub import list_dataset
+            from pipelines.corpus.reading.hub import list_dataset
 
             units += list_dataset(number, source, place, near=near, root=root)
             continue
-        if source.split is not None and named_split(source.split) is None:
-            raise ConfigError(f"{place}.split", f"no split {source.split!r}", did_you_mean(source.split, SPLITS))
-        base, files = _files(source, place, near=near, root=root)
-        taken, passed = _choose(number, source, place, base, files)
-        ignored += passed
-        for unit in taken:
-            units += _parts(unit)
+        from pipelines.corpus.reading.ranges import parts, without_twins
+
+        assert source.path is not None
+        taken, passed = _choose(number, source, place, find_files(source.path, place, near=near, root=root))
+        kept, twins = without_twins(taken, source)
+        ignored += passed + [Ignored(number, unit.path, f"same_rows as {twin.path}") for unit, twin in twins]
+        for unit in kept:
+            units += parts(unit, source, max_bytes)
     return Listing(units, ignored, names)
 
 
-def _names(sources: list[Source]) -> list[str]:
+def document_rule(form: str, source: Source) -> str:
+    """What one document is in files of a format: file, line, paragraph or record."""
+    return source.document or ("record" if form in ROWS else "file")
+
+
+def is_html(unit: Unit, source: Source) -> bool:
+    """Whether the unit's texts are HTML, to be given whole and made plain before anything else."""
+    return unit.format in ("html", "epub") or source.html
+
+
+def share_out(units: Sequence[Unit], part_bytes: int = 4 << 20) -> list[list[int]]:
+    """Runs of consecutive unit numbers of about `part_bytes`; the same for any number of workers."""
+    parts: list[list[int]] = []
+    filled = 0
+    for number, unit in enumerate(units):
+        if not parts or filled + unit.size > part_bytes or len(parts[-1]) >= MAX_PART_UNITS:
+            parts.append([])
+            filled = 0
+        parts[-1].append(number)
+        filled += unit.size
+    return parts
+
+
+def _names(sources: Sequence[Source]) -> list[str]:
     """A name per source, its own or the last part of its path; no two alike."""
     names: list[str] = []
     for number, source in enumerate(sources):
         name = source.name
         if name is None:
-            parts = [p for p in Path(source.path or source.dataset or "").parts if not glob.has_magic(p)]
-            last = Path(parts[-1]) if parts else Path("source")
-            base = last.stem if last.suffix.lower() in FORMATS else last.name or "source"
+            path = (source.path or source.dataset or "").partition("?")[0]
+            parts = [part for part in Path(path).parts if not glob.has_magic(part)]
+            base = by_name(parts[-1])[0] if parts and parts[-1] not in (".", "..", "/") else "source"
             name, count = base, 1
             while name in names:
                 count += 1
@@ -103,120 +128,76 @@ def _names(sources: list[Source]) -> list[str]:
     return names
 
 
-def _files(source: Source, place: str, *, near: Path | None, root: Path) -> tuple[Path, list[Path]]:
-    """The folder that recorded paths are relative to, and the files of a source in the order of those paths."""
-    assert source.path is not None
-    path = resolve_path(source.path, near=near, root=root)
-    if path.is_dir():
-        return path, sorted(_walk(path), key=lambda p: shown(p.relative_to(path)))
-    if path.is_file():
-        return path.parent, [path]
-    if glob.has_magic(source.path):
-        bases = [path] if Path(source.path).expanduser().is_absolute() else [(near or Path.cwd()) / path, root / path]
-        for pattern in bases:
-            found = [Path(p) for p in glob.glob(str(pattern), recursive=True)]
-            files = {f for p in found for f in (_walk(p) if p.is_dir() else [p])}
-            if files:
-                depth = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
-                base = Path(*pattern.parts[:depth])
-                return base, sorted(files, key=lambda p: shown(p.relative_to(base)))
-        raise ConfigError(f"{place}.path", f"nothing matches {source.path!r}", "a file, a folder or a glob")
-    problem = "is neither a file nor a folder" if path.exists() else "does not exist"
-    raise ConfigError(f"{place}.path", f"{shown(path)} {problem}", "a file, a folder or a glob, relative to the recipe")
+def _check(source: Source, place: str) -> None:
+    """Raises ConfigError for settings that do not fit each other."""
+    if source.encoding not in (None, "auto"):
+        try:
+            is_text = codecs.lookup(source.encoding)._is_text_encoding  # which tells rot13 and zlib from the rest
+            codecs.getincrementaldecoder(source.encoding)
+        except LookupError:
+            is_text = False
+        if not is_text:
+            remedy = did_you_mean(source.encoding.lower().replace("-", "_"), {"auto", *aliases, *aliases.values()})
+            near = remedy if remedy.startswith("did") else "auto, or a codec of Python's: utf-8, utf-16, cp1252, …"
+            raise ConfigError(f"{place}.encoding", f"no encoding {source.encoding!r}", near)
+    if source.html and source.document in ("line", "paragraph"):
+        problem = f"{source.document!r} does not fit HTML, which is one document"
+        raise ConfigError(f"{place}.document", problem, "leave it out")
+    if source.path is not None and source.split is not None and named_split(source.split) is None:
+        raise ConfigError(f"{place}.split", f"no split {source.split!r}", did_you_mean(source.split, SPLITS))
+    if source.path is not None and source.columns is not None:
+        for name in ("source", "target") if source.is_pair else ("messages",) if source.messages else ("text",):
+            column = getattr(source, name)
+            if column not in source.columns:
+                problem = f"{column!r} is not among the columns named"
+                raise ConfigError(f"{place}.{name}", problem, did_you_mean(column, source.columns))
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Files below a folder; hidden ones are left out, a folder reached twice through links is read once."""
-    seen: set[str] = set()
-    for here, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(here)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(here, name) for name in sorted(files) if not name.startswith("."))
-
-
-def shown(path: Path) -> str:
-    """A path as valid Unicode, whatever bytes a file name holds."""
-    return os.fsencode(path.as_posix()).decode("utf-8", errors="backslashreplace")
-
-
-def _choose(number: int, source: Source, place: str, base: Path, files: list[Path]) -> tuple[list[Unit], list[Ignored]]:
+def _choose(number: int, source: Source, place: str, files: list[Found]) -> tuple[list[Unit], list[Ignored]]:
     """One unit per file that is read. A `format` takes the files of that format; where there are none, unknown ones."""
-    formats = {file: FORMATS.get(file.suffix.lower()) for file in files}
+    named = [by_name(os.path.basename(file.path)) for file in files]
+    formats: list[str | None] = [form for _, form, _ in named]
     if source.format is not None:
-        right = [f for f in files if formats[f] == source.format] or (
-            files if len(files) == 1 else [f for f in files if formats[f] is None]
-        )
-        formats = {file: source.format if file in set(right) else None for file in files}
-    elif len(files) == 1 and formats[files[0]] is None:
-        known = ", ".join(FORMATS)
-        raise ConfigError(f"{place}.format", f"none known for {files[0].name!r}", f"name one; by suffix: {known}")
+        right = {n for n, form in enumerate(formats) if form == source.format}
+        right = right or ({0} if len(files) == 1 else {n for n, form in enumerate(formats) if form is None})
+        formats = [source.format if n in right else None for n in range(len(files))]
+    elif len(files) == 1 and formats[0] is None:
+        name = os.path.basename(files[0].path)
+        known = ", ".join(dict.fromkeys(FORMATS.values()))
+        raise ConfigError(f"{place}.format", f"none known for {name!r}", f"name one: {known}")
     units: list[Unit] = []
     ignored: list[Ignored] = []
-    for file in files:
-        path, form = shown(file.relative_to(base)), formats[file]
+    for file, (stem, _, compression), form in zip(files, named, formats, strict=True):
         if form is None:
-            ignored.append(Ignored(number, path, "unknown_format" if source.format is None else "other_format"))
-        elif file.exists() and not file.is_file():
-            ignored.append(Ignored(number, path, "not_a_file"))
+            ignored.append(Ignored(number, file.path, "unknown_format" if source.format is None else "other_format"))
+        elif file.problem is not None:
+            ignored.append(Ignored(number, file.path, file.problem))
         else:
-            own = named_split(source.split) if source.split else None if form == "py" else named_split(file.stem)
-            size = file.stat().st_size if file.exists() else 0
-            document = _document(source, place, form, path)
-            units.append(Unit(number, path, str(file), form, document, source.text, own, size=size))
-    return _once(units, ignored), ignored
+            compression = None if form in UNCOMPRESSED else compression
+            own = named_split(source.split) if source.split else None if form == "code" else named_split(stem)
+            units.append(
+                Unit(number, file.path, file.file, form, compression, own, size=file.size, modified=file.modified)
+            )
+    _check_formats(source, place, units)
+    return units, ignored
 
 
-def _document(source: Source, place: str, form: str, path: str) -> str:
-    rows = form in ROW_FORMATS
-    if source.document is None:
-        return "record" if rows else "file"
-    if source.document == ("file" if rows else "record"):
-        other = "record, line or paragraph" if rows else "file, line or paragraph"
-        raise ConfigError(f"{place}.document", f"{source.document!r} does not fit {path} ({form})", other)
-    return source.document
-
-
-def _once(units: list[Unit], ignored: list[Ignored]) -> list[Unit]:
-    """Without the parquet files whose rows stand beside them as .jsonl of the same name."""
-    from pipelines.corpus.read import same_rows
-
-    twins = {(os.path.splitext(u.file)[0]): u for u in units if u.format == "jsonl"}
-    kept = []
-    for unit in units:
-        twin = twins.get(os.path.splitext(unit.file)[0]) if unit.format == "parquet" else None
-        if twin is not None and same_rows(twin, unit):
-            ignored.append(Ignored(unit.source, unit.path, f"same_rows as {twin.path}"))
-        else:
-            kept.append(unit)
-    return kept
-
-
-def _parts(unit: Unit) -> list[Unit]:
-    """A large file in parts that many readers can take: byte ranges of line formats, row groups of parquet."""
-    if unit.format == "parquet":
-        from pipelines.corpus.read import row_groups
-
-        return [replace(unit, start=start, end=end, row=row, size=size) for start, end, row, size in row_groups(unit)]
-    if unit.size <= CHUNK_BYTES or not (unit.format == "jsonl" or unit.document == "line"):
-        return [unit]
-    starts = range(0, unit.size, CHUNK_BYTES)
-    return [replace(unit, start=s, end=s + CHUNK_BYTES, size=min(CHUNK_BYTES, unit.size - s)) for s in starts]
-
-
-def share_out(units: list[Unit], num_workers: int) -> list[list[tuple[int, dict[str, Any]]]]:
-    """Runs of (number, unit) of about equal bytes, several per worker; the corpus does not depend on them."""
-    total = sum(unit.size for unit in units)
-    target = min(max(total // (8 * num_workers), 1 << 20), 32 << 20)
-    groups: list[list[tuple[int, dict[str, Any]]]] = [[]]
-    filled = 0
-    for number, unit in enumerate(units):
-        if groups[-1] and (filled + unit.size > target or len(groups[-1]) >= 1_000):
-            groups.append([])
-            filled = 0
-        groups[-1].append((number, vars(unit)))
-        filled += unit.size
-    return groups
+def _check_formats(source: Source, place: str, units: list[Unit]) -> None:
+    """Raises ConfigError for settings that do not fit the files that were found."""
+    example = {unit.format: unit.path for unit in reversed(units)}
+    for form, path in example.items():
+        whole = form in ("html", "epub") or source.html
+        own = "record" if form in ROWS else "file"
+        if document_rule(form, source) not in ([own] if whole else [own, "line", "paragraph"]):
+            problem = f"{source.document!r} does not fit {path} ({form})"
+            raise ConfigError(f"{place}.document", problem, own if whole else f"{own}, line or paragraph")
+        if form not in ROWS and (source.messages or source.is_pair):
+            name = "messages" if source.messages else "source"
+            raise ConfigError(f"{place}.{name}", f"{path} ({form}) has no columns", f"files of {', '.join(ROWS[:-1])}")
+        if form == "pdf" and importlib.util.find_spec("pypdfium2") is None:
+            problem = "pdf needs an extra that is not installed"
+            raise ConfigError(f"{place}.format", problem, "pip install 'ulm[books]'")
+    if source.columns is not None and units and not set(example) & set(TABLES):
+        raise ConfigError(f"{place}.columns", "belongs to csv and tsv files", "leave it out")
+    if source.encoding is not None and units and not set(example) - {"parquet", *BOOKS}:
+        raise ConfigError(f"{place}.encoding", "belongs to text files", "leave it out")

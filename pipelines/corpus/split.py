@@ -20,15 +20,17 @@ def named_split(name: str) -> str | None:
     return SPLITS[int(match.lastindex or 1) - 1] if match else None
 
 
-def assign(keys: NDArray[np.bytes_], own: NDArray[np.int8], config: Split) -> NDArray[np.int8]:
+def assign(
+    keys: NDArray[np.bytes_], own: NDArray[np.int8], config: Split, *, needs_train: bool = True
+) -> NDArray[np.int8]:
     """Index into SPLITS per document; `own` is the files' own or -1. Equal keys never part unless their files do so.
 
     Keys are uniform, so the first eight bytes are a number in [0, 1). Where no document falls into train, for
-    there are too few of them, all that have no split of their own go there.
+    there are too few of them, all that have no split of their own go there (`needs_train`).
     """
     share = keys.view(">u8").reshape(-1, KEY_BYTES // 8)[:, 0] / 2.0**64
     hashed = np.where(share < config.val, 1, np.where(share < config.val + config.test, 2, 0)).astype(np.int8)
     split = np.where(own >= 0, own, hashed).astype(np.int8)
-    if not (split == 0).any():
+    if needs_train and not (split == 0).any():
         split[own < 0] = 0
     return split

@@ -25,7 +25,7 @@ from serve.contracts import GenerateRequest, Ledger, TokenChunk
 from ulm.errors import RequestError
 from ulm.models.generate import prompt_tokens, room
 from ulm.models.sampling import MAX_SEED, Sampling
-from ulm.tokenizers.tokenizer import CHAT_STOP
+from ulm.tokenizers.chat import CHAT_STOP
 
 LONG_PROMPTS = 4_000  # characters or tokens; fewer take less time than another thread
 Record = Callable[[str, float, Mapping[str, str]], None]  # metric, value, tags
@@ -84,7 +84,10 @@ class Answering:
         longest = model.context_tokens * model.tokenizer.max_token_bytes
         if isinstance(prompt, str) and len(prompt) > longest:  # surely too long: not worth tokenizing
             room(len(prompt) // model.tokenizer.max_token_bytes, model.context_tokens)
-        tokens = prompt_tokens(model.tokenizer, prompt)
+        if isinstance(body, ChatBody):  # from the messages: in the rendered prompt nothing tells their text apart
+            tokens = [model.tokenizer.eot_id, *model.tokenizer.encode_chat(body.plain())]
+        else:
+            tokens = prompt_tokens(model.tokenizer, prompt)
         if not tokens or any(token >= model.tokenizer.vocab_size for token in tokens):
             raise RequestError("prompt: token ids must be below the vocabulary's size, at least one", param="prompt")
         left = room(len(tokens), model.context_tokens)
@@ -222,7 +225,7 @@ def build_app(
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(body: ChatBody) -> JSONResponse | StreamingResponse:
         tokenizer = catalog.model(body.model).tokenizer
-        prompt = await asyncio.to_thread(tokenizer.render_chat, [message.plain() for message in body.messages])
+        prompt = await asyncio.to_thread(tokenizer.render_chat, body.plain())
         return await answering.respond(body, [prompt], ChatShape)
 
     @app.get("/healthz")

@@ -160,6 +160,10 @@ class ChatBody(GenerationBody):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 
+    def plain(self) -> list[dict[str, str]]:
+        """The messages for the chat template."""
+        return [message.plain() for message in self.messages]
+
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:

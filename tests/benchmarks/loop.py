@@ -13,19 +13,18 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.benchmarks._figures import report
+from tests.benchmarks._peak import Peak
 
 ULM = [sys.executable, "-m", "ulm.cli.main"]
 PAIRS = 5
 WARMUP_STEPS, STEPS = 20, 30
 REQUESTS = 150  # of each kind, by turns
-SAMPLE_PERIOD_S = 0.5
 
 
 def main() -> None:
@@ -53,11 +52,10 @@ def demo(home: Path, runs: int) -> None:
     seconds, gigabytes = [], []
     for run in range(runs):
         environment = {**os.environ, "ULM_HOME": str(home / f"demo-{run}")}
-        shm_before = _shm_bytes()
         started_s = time.monotonic()
+        peak = Peak(environment["ULM_HOME"])
         with (home / f"demo-{run}.log").open("wb") as log:
             child = subprocess.Popen([*ULM, "demo"], env=environment, stdout=subprocess.PIPE, stderr=log)
-            peak = _Peak(environment["ULM_HOME"], shm_before)
             output = child.communicate()[0]
         peak_bytes = peak.stop()
         if child.returncode != 0:
@@ -69,40 +67,6 @@ def demo(home: Path, runs: int) -> None:
         gigabytes.append(peak_bytes / 1e9)
     report("demo_seconds", seconds, "s", goal="<= 300")
     report("demo_peak_memory", gigabytes, "GB", goal="<= 6")
-
-
-class _Peak:
-    """The largest memory of all processes whose environment names a home, sampled beside them."""
-
-    def __init__(self, home: str, shm_before: int) -> None:
-        self._mark = f"ULM_HOME={home}".encode()
-        self._shm_before, self._peak, self._ended = shm_before, 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def _watch(self) -> None:
-        while not self._ended.wait(SAMPLE_PERIOD_S):
-            # pages of /dev/shm that are mapped count in the set sizes too, so this errs on the high side
-            total = sum(map(self._pss, Path("/proc").glob("[0-9]*"))) + max(0, _shm_bytes() - self._shm_before)
-            self._peak = max(self._peak, total)
-
-    def _pss(self, process: Path) -> int:
-        with contextlib.suppress(OSError, ValueError):  # it ended meanwhile
-            if self._mark in (process / "environ").read_bytes():
-                for line in (process / "smaps_rollup").read_text().splitlines():
-                    if line.startswith("Pss:"):
-                        return int(line.split()[1]) * 1024
-        return 0
-
-    def stop(self) -> int:
-        self._ended.set()
-        self._thread.join()
-        return self._peak
-
-
-def _shm_bytes() -> int:
-    held = os.statvfs("/dev/shm")
-    return (held.f_blocks - held.f_bfree) * held.f_frsize
 
 
 # ---- training

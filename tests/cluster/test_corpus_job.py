@@ -10,17 +10,19 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
 from pipelines import tokenizer_job
-from pipelines.corpus import job
+from pipelines.corpus import assemble, job
 from tests.plain_build import corpus_recipe, plain_build
 from tests.written_corpus import stdlib_docstrings
 from ulm import artefacts
 from ulm.corpus.manifest import Corpus
 from ulm.errors import ConfigError, CorpusError
+from ulm.recipes import load_recipe
 from ulm.recipes.base import validate
 from ulm.recipes.corpus import TokenizerRecipe
 
@@ -56,8 +58,8 @@ def test_one_and_two_workers_make_the_corpus_that_one_process_makes(
     plain = plain_build(root / "plain", source, tokenizer=BPE)
     lines = []
     for workers in (1, 2):
-        if workers == 2:  # another layout of blocks too
-            monkeypatch.setattr(job, "share_out", lambda units, _: [[(n, vars(unit))] for n, unit in enumerate(units)])
+        if workers == 2:  # another layout of parts too
+            monkeypatch.setattr(assemble, "share_out", lambda units: [[n] for n in range(len(units))])
         place = root / str(workers)
         lines.append(job.build(corpus_recipe(source, tokenizer=BPE, workers=workers), root=place))
         corpus = Corpus.open("c", root=place)
@@ -69,16 +71,21 @@ def test_one_and_two_workers_make_the_corpus_that_one_process_makes(
         "tokens": plain.manifest["tokens"],
     }
     assert lines[0]["corpus"] == str(root / "1" / "corpora" / plain.digest)
-    assert plain.manifest["documents"]["dropped"].keys() == {"bad_json", "duplicate_exact", "empty"}
+    assert plain.manifest["documents"]["dropped"].keys() == {"bad_json", "duplicate_exact", "duplicate_near", "empty"}
     assert (root / "1" / "tokenizers" / plain.tokenizer.digest / "manifest.json").is_file()
 
 
 def test_progress_is_told_by_stage(root: Path, folder: Path) -> None:
-    told: list[tuple[str, int, int | None]] = []
+    told: list[tuple[str, int, int | None, str]] = []
     line = job.build(corpus_recipe({"path": str(folder)}), root=root, progress=lambda *step: told.append(step))
     kept = line["documents"]["kept"]
-    assert ("tokenize and write", kept, kept) in told
-    assert list(dict.fromkeys(stage for stage, _, _ in told))[:3] == ["list", "read and clean", "judge"]
+    assert ("tokenize", kept, kept) in [step[:3] for step in told]
+    assert list(dict.fromkeys(stage for stage, *_ in told)) == [
+        "list", "read and clean", "judge", "near duplicates", "tokenizer", "tokenize", "write",
+    ]  # fmt: skip
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    assert max(done for stage, done, _, _ in told if stage == "read and clean") == size
+    assert any("documents, " in note and note.endswith("/s") for *_, note in told)
 
 
 def test_a_tokenizer_alone_is_the_one_of_the_corpus(root: Path, folder: Path) -> None:
@@ -99,20 +106,32 @@ def test_a_source_that_is_missing_or_holds_nothing_leaves_nothing(root: Path, tm
     assert list((root / "corpora").iterdir()) == []
 
 
-def test_a_build_that_fails_halfway_is_never_listed(root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = 0
+def test_a_worker_that_is_lost_is_retried(root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = plain_build(root / "plain", {"path": str(folder)})
+    died = root / "died"
 
-    def fail(self: object, *row: object) -> None:
-        nonlocal written
-        written += 1
-        if written == 20:
-            raise KeyboardInterrupt
+    def clean_part_once_killed(*arguments: Any, **options: Any) -> dict[str, Any]:
+        from pipelines.corpus.part import clean_part
 
-    monkeypatch.setattr(job.CorpusWriter, "add", fail)
-    with pytest.raises(KeyboardInterrupt):
+        if not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return clean_part(*arguments, **options)
+
+    monkeypatch.setattr(assemble, "clean_part", clean_part_once_killed)
+    assert job.build(corpus_recipe({"path": str(folder)}), root=root)["digest"] == plain.digest
+    assert died.exists()
+
+
+def test_what_fails_on_a_worker_is_one_line_that_names_it(
+    root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> dict[str, Any]:
+        raise OSError(28, "No space left on device", "/disk/part")
+
+    monkeypatch.setattr(assemble, "clean_part", full)
+    with pytest.raises(CorpusError, match="^/disk/part: No space left on device; what is done stays: the same command"):
         job.build(corpus_recipe({"path": str(folder)}), root=root)
-    assert written == 20
-    assert list((root / "corpora").iterdir()) == []
 
 
 def test_the_job_module_ends_with_one_json_line_and_says_what_was_wrong(root: Path, folder: Path) -> None:
@@ -137,18 +156,34 @@ def test_the_job_module_ends_with_one_json_line_and_says_what_was_wrong(root: Pa
     assert "no document is left of the sources: empty 1" in empty.stderr.splitlines()[-1]
 
 
-def test_a_killed_build_leaves_nothing_that_is_listed(root: Path, folder: Path) -> None:
-    recipe = folder.parent / "notes.yaml"
-    recipe.write_text("sources: [{path: texts}]\n")
+@pytest.mark.parametrize("stage", ["parts", "tokens"])
+def test_a_build_killed_with_9_goes_on_and_ends_with_the_same_digest(root: Path, tmp_path: Path, stage: str) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    docstrings = stdlib_docstrings(40)
+    for number in range(4_000):  # four parts
+        (texts / f"{number:04d}.txt").write_text(f"{docstrings[number % len(docstrings)]}\nNumber {number}.")
+    recipe = tmp_path / "notes.yaml"
+    recipe.write_text("sources: [{path: texts}]\ntokenizer: {kind: bpe, vocab_size: 500}\n")
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address, "ULM_HOME": str(root)}
     command = [sys.executable, "-m", "pipelines.corpus.job", str(recipe)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not list((root / "corpora").glob("build.*")):
-        assert time.monotonic() < deadline, "the build never began"
-        time.sleep(0.02)
+    deadline = time.monotonic() + 120
+    pattern = {"parts": "build.*/parts/*[0-9]", "tokens": "build.*/tokens/*/*[0-9]"}[stage]
+    while not list((root / "corpora").glob(pattern)):
+        assert process.poll() is None and time.monotonic() < deadline, "the build never got there"
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=30)
-    assert [p.suffix for p in (root / "corpora").iterdir()] == [artefacts.PARTIAL]
+    left = list((root / "corpora").iterdir())
+    assert [p.suffix for p in left] == [artefacts.PARTIAL] * len(left)
     with pytest.raises(ConfigError, match="no corpus 'notes'"):
         Corpus.open("notes", root=root)
+    made = {p: p.stat().st_ctime for p in (root / "corpora").glob("build.*/parts/*[0-9]")}
+    seen: list[str] = []
+    loaded = load_recipe("corpus build", recipe)
+    line = job.build(loaded, root=root, near=tmp_path, progress=lambda stage, done, *_: seen.append(f"{stage} {done}"))
+    plain = plain_build(root / "plain", {"path": str(texts)}, tokenizer=BPE)
+    assert line["digest"] == plain.digest
+    assert made
+    assert "read and clean 0" not in seen  # it began where the other ended

@@ -19,6 +19,7 @@ from ulm.models.generate import prompt_tokens
 from ulm.registry import KindConfig, register
 from ulm.tokenizers.bpe import train_bpe
 from ulm.tokenizers.byte import byte_tokenizer
+from ulm.tokenizers.char import char_tokenizer
 from ulm.tokenizers.tokenizer import END_OF_TEXT, Tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -37,8 +38,8 @@ TRICKY = [
     "x = [1, 2]  # 1234567",
 ]
 BPE = train_bpe(["the cat sat on the mat and didn't stop\n", "def f(x):\n    return [x, 1]\n"] * 5, 290)
-BOTH = {"byte": byte_tokenizer(), "bpe": BPE}
-tokenizers_of_both_kinds = pytest.mark.parametrize("tokenizer", BOTH.values(), ids=BOTH)
+ALL = {"byte": byte_tokenizer(), "char": char_tokenizer(TRICKY), "bpe": BPE}
+tokenizers_of_all_kinds = pytest.mark.parametrize("tokenizer", ALL.values(), ids=ALL)
 SHAPES = {
     "tied": {},
     "untied": {"embedding": {"tied": False}},
@@ -81,7 +82,7 @@ def test_transformers_computes_our_logits_and_greedy_tokens(shape, nano, tmp_pat
     assert ties <= 1
 
 
-@tokenizers_of_both_kinds
+@tokenizers_of_all_kinds
 def test_transformers_reads_the_same_token_ids(tokenizer, nano, tmp_path):
     folder = export_hf(nano(vocab_size=tokenizer.vocab_size), tokenizer, tmp_path / "llama")
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
@@ -102,7 +103,21 @@ def test_transformers_renders_the_same_chat(nano, tmp_path):
     for name, source in (("default", BPE), ("own", tokenizer)):
         folder = export_hf(nano(vocab_size=290), source, tmp_path / name)
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
-        assert theirs.apply_chat_template(messages, tokenize=False) == source.render_chat(messages)
+        for prompt in (True, False):
+            text = theirs.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
+            assert text == source.render_chat(messages, add_generation_prompt=prompt)
+
+
+def test_transformers_reads_the_special_tokens_of_a_chat_template(nano, tmp_path):
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    tokenizer = byte_tokenizer(["<|user|>", "<|assistant|>"], template)
+    theirs = transformers.AutoTokenizer.from_pretrained(export_hf(nano(vocab_size=259), tokenizer, tmp_path / "llama"))
+    assert len(theirs) == 259
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    tokens = tokenizer.encode_chat(messages)
+    assert tokens == [257, *b"Hi", 258, *b"Hello"]
+    assert theirs.apply_chat_template(messages, return_dict=False) == tokens
+    assert theirs.decode(tokens, skip_special_tokens=True) == "HiHello"
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.corpus.tokens import tokenize
 from tests.plain_build import plain_build, texts_of
 from ulm.corpus.manifest import DOCUMENT_COLUMNS, Corpus, ShardReader, token_dtype
 from ulm.errors import ArtefactError, ConfigError
@@ -139,9 +138,9 @@ def test_building_again_keeps_a_whole_corpus_and_replaces_a_damaged_one(root: Pa
 def test_bytes_are_stored_as_the_byte_tokenizer_encodes_them() -> None:
     tokenizer = byte_tokenizer()
     text = "aé\n<|endoftext|>𝄞"
-    [[(_, _, size, stored)]] = list(tokenize([(0, text)], tokenizer, 1_000))
-    assert np.frombuffer(stored, "<u2").tolist() == tokenizer.encode(text)
-    assert size == len(text.encode())
+    [stored] = tokenizer.encode_arrays([text], token_dtype(tokenizer.vocab_size))
+    assert (stored.dtype, stored.tolist()) == (np.dtype("<u2"), tokenizer.encode(text))
+    assert stored.tolist() == list(text.encode())
 
 
 def test_an_existing_tokenizer_is_used_by_digest_and_a_damaged_one_refused(root: Path, folder: Path) -> None:

@@ -15,8 +15,9 @@ from tests.written_corpus import write_corpus
 from ulm.checkpoints import store
 from ulm.corpus.manifest import Corpus
 from ulm.errors import CorpusError
+from ulm.recipes.clustering import Clustering
 from ulm.recipes.serve import Budget
-from ulm.recipes.train import Clustering, Evaluation
+from ulm.recipes.train import Evaluation
 from ulm.swarm.manifest import Part, Swarm, write_swarm
 from ulm.swarm.router import Router
 

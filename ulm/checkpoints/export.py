@@ -137,18 +137,21 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path, context_tokens: int) ->
     }
     _write_json(folder / "tokenizer.json", stored)
     special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
+    others = [token for token in tokenizer.special_ids if token != END_OF_TEXT]
     _write_json(folder / "special_tokens_map.json", special)
-    added = {"content": END_OF_TEXT, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    added = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     _write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **special,
             "add_bos_token": True,
-            "added_tokens_decoder": {str(tokenizer.eot_id): {**added, "special": True}},
+            "additional_special_tokens": others,
+            "added_tokens_decoder": {str(i): {"content": token, **added} for token, i in tokenizer.special_ids.items()},
             "clean_up_tokenization_spaces": False,
             "model_max_length": context_tokens,
-            "split_special_tokens": True,  # text that spells <|endoftext|> stays text
+            # Text that spells <|endoftext|> stays text. Further tokens are for chat templates, and those write text.
+            "split_special_tokens": not others,
         },
     )
     (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")

@@ -19,6 +19,7 @@ from ulm.recipes import load_recipe
 
 MODULES = {
     "corpus build": "pipelines.corpus.job",
+    "corpus extend": "pipelines.corpus.extend_job",
     "tokenizer train": "pipelines.tokenizer_job",
     "train": "pipelines.train.job",
     "swarm train": "pipelines.swarm_job",
@@ -34,7 +35,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def submit(
-    verb: Annotated[str, typer.Argument(help='"corpus build", "tokenizer train", train, "swarm train"')],
+    verb: Annotated[str, typer.Argument(help=", ".join(MODULES))],
     recipe: Recipe,
     overrides: Overrides = [],  # noqa: B006  typer copies it
     address: Annotated[str | None, typer.Option(help="The cluster's dashboard, e.g. http://head:8265.")] = None,

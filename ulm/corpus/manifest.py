@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "val", "test")
 DOCUMENTS = "documents.parquet"
+REPORTS = ("report.html", "report.json")  # views of the manifest, made anew when a clustering is added: not digested
 DOCUMENT_COLUMNS = (
     "id", "source", "domain", "licence", "path", "offset", "split",
     "first_token", "num_tokens", "num_source_tokens", "num_bytes",
@@ -139,8 +140,14 @@ class Corpus:
         """How often rows of each source stand in an epoch."""
         return {source["name"]: float(source["weight"]) for source in self.manifest["sources"]}
 
-    def document_text(self, row: int) -> str:
-        """The cleaned text of a row of `documents`."""
+    def document_texts(self, row: int) -> tuple[str, ...]:
+        """The cleaned text of a row of `documents`; of a pair its source and its target."""
         document = self.documents.slice(row, 1).to_pylist()[0]
         tokens = self.tokens(document["split"]).read(document["first_token"], document["num_tokens"])
-        return self.tokenizer.decode(tokens.tolist())
+        at = document["num_source_tokens"]
+        sides = (tokens[:at], tokens[at:]) if at else (tokens,)
+        return tuple(self.tokenizer.decode(side.tolist(), spell_special=True) for side in sides)
+
+    def document_text(self, row: int) -> str:
+        """The cleaned text of a row of `documents`; of a pair its source, a line end, its target."""
+        return "\n".join(self.document_texts(row))

@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ulm.recipes.base import Recipe, load
-from ulm.recipes.corpus import CorpusRecipe, TokenizerRecipe
+from ulm.recipes.corpus import CorpusRecipe, ExtendRecipe, TokenizerRecipe
 from ulm.recipes.serve import ServeRecipe
 from ulm.recipes.train import SwarmRecipe, TrainRecipe
 
-__all__ = ["RECIPES", "CorpusRecipe", "ServeRecipe", "SwarmRecipe", "TokenizerRecipe", "TrainRecipe", "load_recipe"]
+__all__ = [
+    "RECIPES", "CorpusRecipe", "ExtendRecipe", "ServeRecipe", "SwarmRecipe", "TokenizerRecipe", "TrainRecipe",
+    "load_recipe",
+]  # fmt: skip
 
 RECIPES: dict[str, type[Recipe]] = {
     "corpus build": CorpusRecipe,
+    "corpus extend": ExtendRecipe,
     "tokenizer train": TokenizerRecipe,
     "train": TrainRecipe,
     "swarm train": SwarmRecipe,

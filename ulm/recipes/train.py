@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ulm.errors import ConfigError
 from ulm.recipes.base import Recipe, Section
+from ulm.recipes.clustering import Clustering
 from ulm.registry import configure
 
 
@@ -76,16 +77,6 @@ class TrainRecipe(TrainingRecipe):
     init_from: str | None = None  # a checkpoint: weights only
 
     check_schedule = field_validator("schedule", mode="before")(_kind("schedule"))
-
-
-class Clustering(Section):
-    """How documents become clusters: tf-idf, SVD, balanced assignment (c-BTM, arXiv 2303.14177, section 3)."""
-
-    dimensions: int = Field(100, ge=2)
-    max_features: int = Field(50_000, ge=10)
-    iterations: int = Field(20, ge=1)
-    temperature: float = Field(0.1, gt=0)  # of the router's softmax over squared distances
-    seed: int = 0
 
 
 class Evaluation(Section):

@@ -1,0 +1,78 @@
+"""Documents to unit vectors: tf-idf and SVD fitted on a sample of the training split (c-BTM, arXiv 2303.14177, 3.1).
+
+Shape letters: N documents, V words of the vocabulary, D dimensions of the embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
+
+from pipelines.corpus.clustering.assign import first_texts, located, unit
+from pipelines.corpus.over import Progress
+from ulm.corpus.manifest import Corpus
+from ulm.errors import ConfigError
+from ulm.recipes.clustering import Clustering
+from ulm.swarm.embed import Embedder, words
+
+MAX_FIT_DOCUMENTS = 20_000  # of the training split, chosen by seed
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Training documents that have a known word, embedded: what clusters are fitted on."""
+
+    rows: NDArray[np.int64]  # of documents.parquet
+    h_ND: NDArray[np.float64]  # unit vectors
+    tokens_N: NDArray[np.int64]
+    share: float  # of the training tokens that were looked at, those of documents without a known word included
+
+
+def fit_embedder(corpus: Corpus, config: Clustering, progress: Progress) -> tuple[Embedder, Sample]:
+    """The transform fitted on a sample of the training documents, and those documents embedded by it."""
+    train = np.flatnonzero(in_training(corpus))
+    chosen = train
+    if len(train) > MAX_FIT_DOCUMENTS:
+        chosen = np.sort(np.random.default_rng(config.seed).choice(train, MAX_FIT_DOCUMENTS, replace=False))
+    vectorizer = TfidfVectorizer(analyzer=content_words, max_features=config.max_features)
+    texts = _counted(first_texts(corpus, located(corpus, chosen)), len(chosen), progress)
+    try:
+        tf_idf_NV = vectorizer.fit_transform(texts)
+    except ValueError as error:  # scikit-learn's "empty vocabulary"
+        raise ConfigError("corpus", f"no words to cluster by: {error}", "clusters need text with words") from None
+    num_documents, num_words = tf_idf_NV.shape
+    dimensions = max(1, min(config.dimensions, num_words - 1, num_documents - 1))
+    svd = TruncatedSVD(dimensions, random_state=config.seed).fit(tf_idf_NV)
+    components_VD = np.ascontiguousarray(svd.components_.T, dtype=np.float32)
+    vocabulary = {word: int(row) for word, row in vectorizer.vocabulary_.items()}
+    embedder = Embedder(vocabulary, np.asarray(vectorizer.idf_, dtype=np.float64), components_VD)
+    h_ND = unit(tf_idf_NV @ components_VD)
+    known_N = h_ND.any(axis=1)
+    tokens_N = corpus.documents["num_tokens"].to_numpy()
+    share = float(tokens_N[chosen].sum() / tokens_N[train].sum())
+    return embedder, Sample(chosen[known_N], h_ND[known_N], tokens_N[chosen[known_N]], share)
+
+
+def _counted(texts: Iterator[str], total: int, progress: Progress) -> Iterator[str]:
+    for done, text in enumerate(texts):
+        if done % 1_000 == 0:
+            progress("embed a sample", done, total, "")
+        yield text
+    progress("embed a sample", total, total, "")
+
+
+def content_words(text: str) -> list[str]:
+    """Words of a text without English stop words."""
+    return [word for word in words(text) if word not in ENGLISH_STOP_WORDS]
+
+
+def in_training(corpus: Corpus) -> NDArray[np.bool_]:
+    """Which documents belong to the training split."""
+    mask: NDArray[np.bool_] = pc.equal(corpus.documents["split"], "train").to_numpy()
+    return mask

@@ -1,0 +1,223 @@
+"""The page of a corpus report: one file without scripts or links to elsewhere, for any width and for dark mode."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipelines.corpus.report.html import (
+    MAX_LABEL,
+    STYLE,
+    Html,
+    bar,
+    count,
+    details,
+    fill,
+    more,
+    ratio,
+    size,
+    stack,
+    table,
+    text,
+)
+from pipelines.corpus.report.plots import cluster_size_plot, length_plot
+
+MAX_ROWS = 50  # of a table of reasons, domains, sources or licences
+MAX_SAMPLES = 8  # texts shown of one reason
+MAX_LISTED = 100  # dropped and ignored files shown by name
+NUM_COLOURS = 10  # --c0 … of the style
+
+
+def page(figures: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    """The whole page; `manifest` gives what is no figure: texts, paths, settings."""
+    body = [
+        _head(figures, manifest),
+        _section("Lengths", *_lengths(figures)),
+        _section("Stages", *_stages(figures)),
+        _section("Dropped", *_dropped(figures, manifest)),
+        _section("Near duplicates", *_near_duplicates(figures)),
+        _section("Domains", *_shares(figures)),
+        _section("Clusters", *(_clustering(c, figures) for c in figures["clusterings"])),
+        _section("How it was made", *_made(figures, manifest)),
+    ]
+    title = text(figures["name"], MAX_LABEL)
+    meta = "<meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
+    return (
+        f"<!doctype html>\n<html lang=en><head>{meta}<title>{title}</title><style>{STYLE}</style></head>\n"
+        f"<body>{''.join(body)}</body></html>\n"
+    )
+
+
+def _section(title: str, *parts: str) -> str:
+    """A heading and what is below it; nothing where nothing is."""
+    return f"<h2>{title}</h2>\n{''.join(parts)}\n" if any(parts) else ""
+
+
+def _head(figures: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    documents, total, tokenizer = figures["documents"], figures["total"], figures["tokenizer"]
+    kept = 100 * documents["kept"] / max(1, documents["in"])
+    tiles = [
+        (f"{documents['kept']:,}", f"documents, {kept:.1f} % of {documents['in']:,}"),
+        (count(total["tokens"]), "tokens"),
+        (size(total["bytes"]), "of text"),
+        (ratio(total["bytes_per_token"]), "bytes per token"),
+        (f"{tokenizer['vocab_size']:,}", f"{text(tokenizer['kind'])} vocabulary"),
+    ]
+    if padding := figures["padding"]:
+        tiles.append((f"{100 * padding['share']:.1f} %", f"padding in rows of {padding['context_tokens']:,} tokens"))
+    splits = table(
+        ("split", "documents", "tokens", "share of tokens", "text", "bytes per token"),
+        [[s["split"], s["documents"], s["tokens"], bar(s["share"]), size(s["bytes"]), s["bytes_per_token"]]
+         for s in figures["splits"]],
+    )  # fmt: skip
+    made = f"{text(figures['created'])} by µLM {text(manifest['code_version'])}"
+    shown = "".join(f"<div><b>{figure}</b><span>{what}</span></div>" for figure, what in tiles)
+    name = text(figures["name"], MAX_LABEL)
+    return (
+        f"<h1><bdi>{name}</bdi></h1><p>Corpus <code>{text(figures['digest'])}</code><br>{made}</p>"
+        f"<div class=tiles>{shown}</div><h3>Splits</h3>{splits}"
+    )
+
+
+def _lengths(figures: Mapping[str, Any]) -> list[str]:
+    lengths = figures["lengths"]
+    if not lengths["bytes"]["counts"]:
+        return []
+    plots = "".join(f"<figure>{length_plot(lengths[unit], unit)}</figure>" for unit in ("bytes", "tokens"))
+    rows = []
+    for split in lengths["bytes"]["summary"]:
+        in_bytes, in_tokens = (lengths[unit]["summary"][split] for unit in ("bytes", "tokens"))
+        at = ("median", "p99", "max")
+        rows.append([split, *(size(in_bytes[key]) for key in at), *(in_tokens[key] for key in at)])
+    head = ("split", "median", "99 % are below", "longest", "median tokens", "99 % are below", "most tokens")
+    return [f"<div class=plots>{plots}</div>", "<h3>In figures</h3>", table(head, rows)]
+
+
+def _stages(figures: Mapping[str, Any]) -> list[str]:
+    whole = max([stage["in"] for stage in figures["stages"]], default=0) or 1
+    rows = []
+    for stage in figures["stages"]:
+        reasons = ", ".join(
+            f"{reason.removeprefix(stage['stage'] + ': ')} {n:,}" for reason, n in stage["dropped"].items()
+        )
+        lost = stage["in"] - stage["out"]
+        drawn = stack([(stage["out"] / whole, fill(0)), (lost / whole, "background:var(--bad)")])
+        row = [stage["stage"], stage["out"], drawn, lost or "", stage.get("changed") or ""]
+        seconds = stage.get("cpu_seconds")
+        rows.append([*row, "" if seconds is None else f"{seconds:,.1f} s", Html(text(reasons))])
+    head = ("stage", "left", "", "dropped", "changed", "CPU", "reasons")
+    note = "<p>In the order they ran: documents left after each stage, and those whose text it altered.</p>"
+    return [note, table(head, rows)]
+
+
+def _dropped(figures: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
+    dropped, samples = figures["dropped"], manifest.get("samples", {})
+    parts = []
+    if dropped:
+        most = max(dropped.values())
+        of = max(1, figures["documents"]["in"])
+        rows = [[reason, n, f"{100 * n / of:.2f} %", bar(n / most, "--bad")] for reason, n in dropped.items()]
+        parts += [table(("reason", "documents", "of all", ""), rows[:MAX_ROWS]), more(len(rows), MAX_ROWS)]
+    parts += [
+        _samples(reason, samples[reason]) for reason in dict.fromkeys([*dropped, *samples]) if samples.get(reason)
+    ]
+    if listed := manifest["dropped"]:
+        rows = [[row["source"], _place(row), row["reason"]] for row in listed[:MAX_LISTED]]
+        parts.append(details(f"Where they stood (the first {len(rows)})", table(("source", "path", "reason"), rows)))
+    if ignored := manifest["ignored"]:
+        rows = [[row["source"], row["path"], row["reason"]] for row in ignored[:MAX_LISTED]]
+        parts.append(details(f"Files not read (the first {len(rows)})", table(("source", "path", "reason"), rows)))
+    if (cut := figures["cut"]) and cut["documents"]:
+        added = cut["pieces_added"]
+        parts.append(f"<p>{cut['documents']:,} long documents were cut, which made {added:,} documents more.</p>")
+    return parts
+
+
+def _place(row: Mapping[str, Any]) -> str:
+    return f"{row['path']} row {row['row']}" if "row" in row else str(row["path"])
+
+
+def _samples(reason: str, samples: Sequence[Mapping[str, Any]]) -> str:
+    shown = "".join(
+        f"<div class=soft><bdi>{text(sample['source'], MAX_LABEL)}</bdi> · "
+        f"<bdi>{text(sample['path'], MAX_LABEL)}</bdi></div><pre dir=auto>{text(sample['text'])}</pre>"
+        for sample in samples[:MAX_SAMPLES]
+    )
+    return details(f"Read some: <bdi>{text(reason, MAX_LABEL)}</bdi>", f"<div>{shown}</div>")
+
+
+def _near_duplicates(figures: Mapping[str, Any]) -> list[str]:
+    near = figures["near_duplicates"]
+    if not near:
+        return []
+    found = f"{near['clusters']:,} clusters of {near['documents']:,} documents that are nearly the same; "
+    parts = [f"<p>{found}{near['dropped']:,} documents dropped.</p>"]
+    if near["sizes"]:
+        parts.append(f"<div class=plots><figure>{cluster_size_plot(near['sizes'])}</figure></div>")
+    for cluster in near["largest"]:
+        paths = "<br>".join(f"<bdi>{text(path, MAX_LABEL)}</bdi>" for path in cluster["paths"][:MAX_SAMPLES])
+        shown = f"<pre dir=auto>{text(cluster['text'])}</pre><div class=soft>{paths}</div>"
+        parts.append(details(f"{cluster['documents']:,} documents", shown))
+    return parts
+
+
+def _shares(figures: Mapping[str, Any]) -> list[str]:
+    parts = []
+    for title, kind in (("", "domain"), ("Sources", "source"), ("Licences", "licence")):
+        found = figures[kind + "s"]
+        if kind == "source" and [row[kind] for row in found] == [row["domain"] for row in figures["domains"]]:
+            continue  # each source is its own domain
+        rows = [
+            [row[kind], row["documents"], row["tokens"], f"{100 * row['share']:.1f} %", bar(row["share"]),
+             size(row["bytes"]), row["bytes_per_token"]]
+            for row in found[:MAX_ROWS]
+        ]  # fmt: skip
+        head = (kind, "documents", "tokens", "of tokens", "", "text", "bytes per token")
+        parts += [f"<h3>{title}</h3>" if title else "", table(head, rows), more(len(found), MAX_ROWS)]
+    return parts
+
+
+def _clustering(clustering: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+    clusters, agreement = clustering["clusters"], clustering["agreement"]
+    colour = {row["domain"]: n for n, row in enumerate(figures["domains"][:NUM_COLOURS])}
+    agrees = ""
+    if agreement:
+        agrees = f" They agree with the domains to a normalised mutual information of {agreement['nmi']:.2f}"
+        agrees += f", purity {agreement['purity']:.2f}."
+    key = "".join(
+        f"<span><i style={fill(n)}></i><bdi>{text(name, MAX_LABEL)}</bdi></span>" for name, n in colour.items()
+    )
+    if len(figures["domains"]) > NUM_COLOURS:
+        key += f"<span><i style={fill(None)}></i>others</span>"
+    rows = []
+    for number, cluster in enumerate(clusters):
+        tokens = sum(cluster["domains"].values()) or 1
+        ordered = sorted(cluster["domains"].items(), key=lambda item: (-item[1], item[0]))
+        composed = stack([(n / tokens, fill(colour.get(domain))) for domain, n in ordered])
+        about = f"<bdi>{text(', '.join(cluster['words']))}</bdi>"
+        if titles := cluster.get("titles"):
+            listed = "".join(f"<div class=soft><bdi>{text(title, MAX_LABEL)}</bdi></div>" for title in titles)
+            about += listed
+        train = cluster["tokens"].get("train", 0)
+        rows.append([f"{number:02d}", composed, cluster["documents"], train, Html(f"<div class=words>{about}</div>")])
+    head = ("cluster", "domains", "documents", "train tokens", "words and titles")
+    kind = text(clustering["kind"])
+    return (
+        f"<h3>{len(clusters)} clusters, {kind} <code>{clustering['digest'][:12]}</code></h3>"
+        f"<p>Each bar is a cluster's domains by tokens.{agrees}</p><div class=key>{key}</div>{table(head, rows)}"
+    )
+
+
+def _made(figures: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
+    content = manifest["content"]
+    settings = {key: content[key] for key in ("clean", "split", "sources") if key in content}
+    as_json = json.dumps(settings, indent=2, ensure_ascii=False)
+    seconds = [[stage, f"{value:,.1f} s"] for stage, value in figures["seconds"].items()]
+    origins = [[s["name"], s["origin"], s["licence"], s["weight"]] for s in manifest["sources"]]
+    return [
+        table(("source", "from", "licence", "weight"), origins[:MAX_ROWS]),
+        more(len(origins), MAX_ROWS),
+        details("Time", table(("part", "wall clock"), seconds)) if seconds else "",
+        details("Settings", f"<pre>{text(as_json, 20_000)}</pre>"),
+    ]
