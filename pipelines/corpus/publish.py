@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -147,7 +148,12 @@ class _Publisher:
             "documents": artefacts.digest_json(order),
             "shards": self._digests(),
         }
-        return content if build.base is None else {**content, "base": build.base.digest}
+        if build.base is not None:
+            content["base"] = build.base.digest
+        as_stored: dict[str, Any] = json.loads(
+            json.dumps(content)
+        )  # the digest is over what is read back: keys are text
+        return as_stored
 
     def _digests(self) -> dict[str, str]:
         return {name: digest for shard in self.shards.values() for name, digest in shard.digests.items()}

@@ -110,14 +110,17 @@ def share_out(units: Sequence[Unit], part_bytes: int = 4 << 20) -> list[list[int
 
 
 def _names(sources: Sequence[Source]) -> list[str]:
-    """A name per source, its own or the last part of its path; no two alike."""
+    """A name per source, its own or the last part of its path that is no split's; no two alike."""
     names: list[str] = []
     for number, source in enumerate(sources):
         name = source.name
         if name is None:
             path = (source.path or source.dataset or "").partition("?")[0]
             parts = [part for part in Path(path).parts if not glob.has_magic(part)]
-            base = by_name(parts[-1])[0] if parts and parts[-1] not in (".", "..", "/") else "source"
+            parts = [by_name(part)[0] for part in parts if part not in (".", "..", "/")]
+            if len(parts) > 1 and named_split(parts[-1]):  # news/train.jsonl is news
+                del parts[-1]
+            base = parts[-1] if parts else "source"
             name, count = base, 1
             while name in names:
                 count += 1

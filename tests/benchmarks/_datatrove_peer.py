@@ -2,8 +2,8 @@
 
 `.venv-peers/bin/python _datatrove_peer.py SHARDS WORK TOKENIZER_JSON WORKERS`; corpus.py says what it is compared with.
 
-The settings are the fastest of those tried: one shard per worker, processes forked with spaCy loaded, intermediate files
-not compressed, signatures of exact duplicates taken while the filtered text is written, no shuffling at the end.
+Its fastest settings: one shard per worker, processes forked with spaCy loaded, intermediate files not compressed,
+signatures of exact duplicates taken while the filtered text is written, no shuffling at the end.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from datatrove.pipeline.filters import C4QualityFilter, GopherQualityFilter, Gop
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.tokens import DocumentTokenizer
 from datatrove.pipeline.writers import JsonlWriter
-from datatrove.utils.logging import logger
 from datatrove.utils.word_tokenizers import load_word_tokenizer
 
 
@@ -41,7 +40,6 @@ def content(document) -> str:
 def main() -> None:
     """Run all stages; the time does not hold imports, ours does not hold the start of Ray."""
     shards, work, tokenizer, workers = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-    logger.remove()
     load_word_tokenizer("eng").word_tokenize("Loads spaCy.")
     tasks = len(list(shards.glob("*.jsonl")))
     exact = ExactDedupConfig(content_getter=content)

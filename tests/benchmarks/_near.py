@@ -39,5 +39,5 @@ def quality(texts: Sequence[str], num_texts: int, seed: int) -> dict[str, float]
         good.append(reported >= config.threshold - MARGIN)
         figures[f"found {share}"] = float(found.mean())
     all_due, all_good = np.concatenate(due), np.concatenate(good)
-    counts = {"pairs due": len(all_due), "pairs reported": len(all_good)}
+    counts = {"due": len(all_due), "reported": len(all_good)}
     return {"recall": float(all_due.mean()), "precision": float(all_good.mean()), **counts, **figures}

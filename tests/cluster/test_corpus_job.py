@@ -51,14 +51,14 @@ def folder(tmp_path: Path) -> Path:
     return place
 
 
-def test_one_and_two_workers_make_the_corpus_that_one_process_makes(
+def test_one_two_and_four_workers_make_the_corpus_that_one_process_makes(
     root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = {"path": str(folder)}
     plain = plain_build(root / "plain", source, tokenizer=BPE)
     lines = []
-    for workers in (1, 2):
-        if workers == 2:  # another layout of parts too
+    for workers in (1, 2, 4):
+        if workers == 4:  # another layout of parts too
             monkeypatch.setattr(assemble, "share_out", lambda units: [[n] for n in range(len(units))])
         place = root / str(workers)
         lines.append(job.build(corpus_recipe(source, tokenizer=BPE, workers=workers), root=place))

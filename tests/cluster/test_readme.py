@@ -9,41 +9,40 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 300
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
 
 
-@pytest.mark.timeout(900)
-def test_every_command_of_the_tutorial_runs_in_order(tmp_path: Path) -> None:
-    with socket.socket() as probe:  # the README's port may be taken here
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+def run_page(page: str, folder: Path, port: str = "8123") -> dict[str, str]:
+    """The stdout of every console command of a page, its files written and its commands run in order."""
     environment = {
         **os.environ,
-        "ULM_HOME": str(tmp_path / "home"),
+        "ULM_HOME": str(folder / "home"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "no_proxy": "127.0.0.1",
     }
-    for recipe in blocks("yaml"):
+    for recipe in blocks(page, "yaml"):
         name = re.match(r"# (\S+\.yaml)\n", recipe)
         assert name, recipe
-        (tmp_path / name[1]).write_text(recipe.replace("8123", port))
-    commands = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
-    assert sum(command.startswith("ulm ") for command in commands) >= 10
+        (folder / name[1]).write_text(recipe.replace("8123", port))
+    commands = [line[2:] for block in blocks(page, "console") for line in block.splitlines() if line.startswith("$ ")]
     outputs = {}
     try:
         for command in commands:
             found = subprocess.run(
                 command.replace("8123", port),
                 shell=True,
-                cwd=tmp_path,
+                cwd=folder,
                 env=environment,
                 capture_output=True,
                 text=True,
@@ -53,10 +52,39 @@ def test_every_command_of_the_tutorial_runs_in_order(tmp_path: Path) -> None:
             outputs[command] = found.stdout
     finally:
         subprocess.run(["ulm", "serve", "down"], env=environment, capture_output=True, timeout=TIMEOUT_S)
-    last = {command: json.loads(out.splitlines()[-1]) for command, out in outputs.items() if out.strip()}
+    return outputs
+
+
+def results(outputs: dict[str, str]) -> dict[str, Any]:
+    """The JSON that each command ended with."""
+    return {command: json.loads(out.splitlines()[-1]) for command, out in outputs.items() if out.strip()}
+
+
+@pytest.mark.timeout(900)
+def test_every_command_of_the_tutorial_runs_in_order(tmp_path: Path) -> None:
+    with socket.socket() as probe:  # the README's port may be taken here
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    last = results(run_page("README.md", tmp_path, port))
+    assert sum(command.startswith("ulm ") for command in last) >= 10
     assert last["ulm train train.yaml"]["step"] == 40
     assert last["ulm runs show first"]["step"] == 40
     assert last["ulm swarm train swarm.yaml"]["experts"] == 3
     completion = next(value for command, value in last.items() if "v1/completions" in command)
     assert completion["model"] == "swarm/mixture" and completion["ulm"]["calls"]
     assert (tmp_path / "first-hf" / "config.json").is_file()
+
+
+@pytest.mark.timeout(600)
+def test_every_command_of_the_page_on_corpora_runs_in_order(tmp_path: Path) -> None:
+    last = results(run_page("docs/corpora.md", tmp_path))
+    planned, built = last["ulm corpus build docs.yaml --plan"], last["ulm corpus build docs.yaml"]
+    dropped = built["documents"]["dropped"]
+    unique = built["documents"]["kept"] + dropped["duplicate_exact"] + dropped["duplicate_near"]
+    assert planned["documents"] == pytest.approx(unique, rel=0.05)  # all of these sources is its sample
+    assert last["ulm corpus show docs"]["digest"] == built["digest"]
+    assert (Path(built["corpus"]) / "report.html").is_file()
+    assert last["ulm corpus show docs --token train:1000"]["document"]["domain"] == "reference"
+    compared = last["ulm corpus diff docs docs-and-more"]
+    assert compared["documents"]["added"] == 2 and compared["documents"]["removed"] == 0
+    assert last["ulm corpus verify docs-and-more"]["verified"]

@@ -416,6 +416,33 @@ def test_a_new_near_duplicate_of_an_extended_corpus_is_dropped(texts: Path, root
     assert corpus.manifest["documents"] == {"in": 60, "kept": 50, "dropped": {"duplicate_near": 10}}
 
 
+def test_a_corpus_of_all_stages_is_what_its_manifest_says(texts: Path, root: Path) -> None:
+    """Every setting comes back from the manifest as it went into the digest."""
+    docs = [text for text in stdlib_docstrings(40) if len(text.split()) > 60]
+    (texts / "rows.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in docs))
+    (texts / "eval.txt").write_text(" ".join(docs[0].split()[20:40]))
+    stages = ("gopher_quality", "gopher_repetition", "c4_quality", "fineweb_quality", "personal_data")
+    clean = {
+        "language": {"keep": ["en"], "min_confidence": 0.1},
+        **dict.fromkeys(stages, True),
+        "c4_quality": {"min_sentences": 0, "terminal_punctuation": False, "curly_bracket": False},
+        "fineweb_quality": {"min_punctuated_lines": 0, "max_short_lines": 1, "max_newline_word_ratio": 1},
+        "decontamination": {"sets": [{"path": str(texts / "eval.txt"), "name": "planted"}]},
+    }
+    corpus = plain_build(root, {"path": str(texts / "rows.jsonl")}, clean=clean)
+    again = Corpus.open("c", root=root)
+    assert again.manifest["clean"]["gopher_repetition"]["max_top_ngram_chars"]["2"] == 0.2
+    assert again.manifest["documents"]["dropped"]["decontamination: planted"] == 1
+    assert again.manifest["samples"]["decontamination: planted"][0]["text"][:30] == docs[0][:30]
+    assert 5 < corpus.documents.num_rows < len(docs)
+    names = [stage["stage"] for stage in again.manifest["stages"]]
+    assert names == ["read", "encoding", "characters", "language", *stages, "decontamination", "duplicate_exact",
+                     "duplicate_near"]  # fmt: skip
+    outs = [stage["out"] for stage in again.manifest["stages"]]
+    assert [stage["in"] for stage in again.manifest["stages"]][1:] == outs[:-1]
+    assert outs[-1] == again.documents.num_rows
+
+
 def test_a_plan_says_what_a_build_takes_and_leaves_nothing(texts: Path, root: Path) -> None:
     docs = [f"{prose(n)} {text}" for n, text in enumerate(stdlib_docstrings(60))]
     (texts / "rows.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in docs))

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ulm.errors import ConfigError, UlmError
 
@@ -78,8 +78,9 @@ class Bars:
     def update(self, name: str, done: int, total: int | None, note: str = "") -> None:
         """Move a bar."""
         if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(name, total=total, note="")
-        self._progress.update(self._tasks[name], completed=done, total=total, note=note)
+            self._tasks[name] = self._progress.add_task(name, total=total, note="", count="")
+        count = f"{_short(done)}/{'?' if total is None else _short(total)}"
+        self._progress.update(self._tasks[name], completed=done, total=total, note=note, count=count)
 
     def step(self, run: str, step: int, num_steps: int, figures: dict[str, Any]) -> None:
         """Move a training run's bar, with its loss and speed."""
@@ -89,13 +90,18 @@ class Bars:
         self.update(run, step, num_steps, note)
 
 
+def _short(number: int) -> str:
+    """A count as a bar has room for it."""
+    return f"{number:,}" if number < 1_000_000 else f"{number / 1e6:,.1f} M"
+
+
 @contextmanager
 def bars() -> Iterator[Bars]:
     """Progress bars on stderr for the time of the block."""
     columns = (
         TextColumn("{task.description:<16}"),
         BarColumn(bar_width=30),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[count]:>15}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", style="dim"),
