@@ -12,7 +12,10 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c 
 HASH := $(shell cat pyproject.toml requirements/*.txt | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.stamp-$(HASH)$(if $(NO_VLLM),-no-vllm)
 
-.PHONY: help setup demo test test-all lint bench clean
+# What `ulm bench corpus` compares with; in a place of its own, for it wants other versions of what we use.
+PEERS := .venv-peers
+
+.PHONY: help setup demo test test-all lint bench peers clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -59,6 +62,10 @@ lint: setup ## ruff, mypy and the import rules
 bench: setup ## every figure: one JSON line each
 	@set -e; for group in $(basename $(notdir $(wildcard tests/benchmarks/[a-z]*.py))); do $(VENV)/bin/ulm bench $$group; done
 
-clean: ## remove .venv and build artefacts; runs and corpora live elsewhere
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+peers: ## make .venv-peers with the tools that benchmarks compare with
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check 'datatrove[processing]==0.10.1' spacy==3.8.18 orjson==3.13.0
+
+clean: ## remove the environments and build artefacts; runs and corpora live elsewhere
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -342,8 +342,7 @@ def build(
         made.read_and_clean(folder)
         made.judge()
         tokens = made.tokenize(made.find_tokenizer())
-        with made.timed("write"):
-            corpus = publish(made, tokens, shard_bytes)
+        corpus = publish(made, tokens, shard_bytes)
         work.finished(folder)
     if recipe.clustering is not None:
         cluster_after_build(corpus, recipe.clustering, over=over, progress=progress)

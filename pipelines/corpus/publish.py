@@ -52,9 +52,10 @@ class _Publisher:
         self.shards = {split: ShardWriter(folder, split, shard_bytes, before[split]) for split in SPLITS}
 
     def publish(self, tokens: Sequence[Path]) -> Corpus:
-        documents = self._write_shards(tokens)
-        pq.write_table(documents, self.folder / DOCUMENTS, compression="zstd")
-        self.tokenizer.write(self.folder)
+        with self.build.timed("write"):
+            documents = self._write_shards(tokens)
+            pq.write_table(documents, self.folder / DOCUMENTS, compression="zstd")
+            self.tokenizer.write(self.folder)
         content = self._content(documents)
         digest = artefacts.digest_json(content)
         manifest = self._manifest(content, digest, documents)

@@ -34,7 +34,7 @@ DATATROVE_MEGABYTES = 10  # that datatrove is given, which takes 6 s for each on
 RAW_BATCHES = (100, 1_000, 10_000)  # texts for encode_batch at once, of which the fastest counts
 RAW_TRIAL_TEXTS = 4_000
 WARM_BYTES = 9_000_000  # of text in a build that is not measured: parts for both workers
-GROWN_MEGABYTES, GROWN_MEGABYTES_FULL = 300, 1_000
+GROWN_MEGABYTES, GROWN_MEGABYTES_FULL, MAX_GROWTH = 300, 1_000, 4
 NEAR_TEXTS = 1_000  # that copies are planted of, for each of three seeds
 WHOLE_CPU = "sum of the stages' CPU seconds / 2 cores"
 RAW = "tokenizers.encode_batch"
@@ -180,12 +180,8 @@ def tokenize(place: Path, texts: Texts, full: bool) -> None:
                 ours.append(megabytes / (time.monotonic() - start_s))
                 shutil.rmtree(folder / "tokens")
                 raw.append(megabytes / _raw_s(tokenizers.Tokenizer.from_file(stored), documents, best))
-    note = (
-        f"{megabytes:.0f} MB, {tokenizer.vocab_size} tokens; ours with shards, documents.parquet, report and manifest"
-    )
-    _report(
-        "corpus_tokenize_rate", ours, raw, f"{note}; the peer in batches of {best:,} texts, the fastest of those tried"
-    )
+    note = f"{megabytes:.0f} MB, {tokenizer.vocab_size} tokens; ours with shards, documents, report and manifest; "
+    _report("corpus_tokenize_rate", ours, raw, f"{note}the peer with batches of {best:,} texts, the fastest tried")
 
 
 def _raw_s(inner: Any, texts: list[str], batch: int) -> float:
@@ -257,8 +253,9 @@ def _tokenizer(place: Path, texts: Sequence[str]) -> Path:
 
 def memory(place: Path, texts: Texts, full: bool) -> None:
     """The most memory that `ulm corpus build` and its cluster have at a time, on text grown from the corpora."""
-    bound = 1e6 * (GROWN_MEGABYTES_FULL if full else GROWN_MEGABYTES)
-    bound = min(bound, 3 * sum(map(num_bytes, texts.values()))) if not full else bound
+    bound = 1e6 * GROWN_MEGABYTES_FULL
+    if not full:  # of fewer texts, for a quick look, as many copies
+        bound = min(1e6 * GROWN_MEGABYTES, MAX_GROWTH * sum(map(num_bytes, texts.values())))
     written = copy = 0
     while written < bound:
         for name, documents in texts.items():
@@ -289,9 +286,7 @@ def near(place: Path, texts: Texts, full: bool) -> None:
     _report("near_duplicate_recall", values["recall"], note=f"{due}, Jaccard 0.8 or more, words changed 1 to 30 %")
     _report("near_duplicate_precision", values["precision"], note=f"{reported}, of which Jaccard 0.6 or more")
     for percent in (5, 15, 30):
-        _report(
-            f"near_duplicates_found_{percent}", values[f"found {percent / 100}"], note=f"{percent} % of words changed"
-        )
+        _report(f"near_duplicates_found_{percent}", values[f"found {percent / 100}"], note="of the planted pairs")
 
 
 if __name__ == "__main__":

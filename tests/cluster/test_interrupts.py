@@ -90,16 +90,18 @@ def test_a_signal_while_training_saves_and_the_run_goes_on(root: Path, tmp_path:
     nothing_is_left(root)
 
 
-def test_a_signal_while_building_a_corpus_leaves_nothing(root: Path, tmp_path: Path) -> None:
+def test_a_signal_while_building_a_corpus_keeps_what_is_done_and_lists_nothing(root: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "corpus.yaml"
-    recipe.write_text(f"sources: [{{path: {Path(os.__file__).parent}, format: py}}]\nname: interrupted\n")
+    recipe.write_text(f"sources: [{{path: {Path(os.__file__).parent}, format: code}}]\nname: interrupted\n")
     child = start(root, "corpus", "build", str(recipe))
-    wait_for(lambda: len(processes_of(root)) > 4, "Ray's processes")
-    time.sleep(6)  # in the middle of the stages, whichever it is on this machine
+    wait_for(lambda: child.poll() is not None or list(root.glob("corpora/build.*/parts/*")), "the first part")
     code, _, err = interrupt(child, signal.SIGINT)
     assert code == 130, err
-    nothing_is_left(root)
-    assert not (root / "corpora" / "names").exists()
+    assert "the same command goes on" in err
+    wait_for(lambda: not processes_of(root), "orphan processes to end")
+    (unfinished,) = (root / "corpora").iterdir()
+    assert unfinished.name.startswith("build.") and unfinished.suffix == ".partial"
+    assert list((unfinished / "parts").glob("*[0-9]"))
 
 
 def test_a_signal_ends_a_server_and_its_engines(root: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from ulm.errors import ConfigError, UlmError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
+INTERRUPTED = "[yellow]interrupted[/]; nothing half-written is listed, the same command goes on from what is done"
 err = Console(stderr=True, highlight=False)
 
 
@@ -46,13 +47,15 @@ def run(command: Callable[[], None]) -> int:
     try:
         command()
     except SystemExit as ended:
+        if ended.code == EXIT_INTERRUPTED:  # typer's own answer to Ctrl-C
+            err.print(INTERRUPTED)
         return ended.code if isinstance(ended.code, int) else (0 if ended.code is None else EXIT_FAILED)
     except ConfigError as error:
         return _say(error, EXIT_USAGE)
     except UlmError as error:
         return _say(error, EXIT_FAILED)
     except KeyboardInterrupt:
-        err.print("[yellow]interrupted[/]; nothing half-written is left")
+        err.print(INTERRUPTED)
         return EXIT_INTERRUPTED
     except Terminated:
         finish({"status": "interrupted"})
