@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.corpus.reading.read import Reading, Record, read_unit
-from pipelines.corpus.sources import Listing, Unit, list_sources
+from pipelines.corpus.reading.unit import Unit
+from pipelines.corpus.sources import Listing, list_sources
 from ulm.recipes.base import validate
 from ulm.recipes.corpus import CorpusRecipe, Source
 

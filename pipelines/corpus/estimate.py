@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipelines.corpus.assemble import Build
 from pipelines.corpus.over import one_by_one
 from pipelines.corpus.part import clean_part, read_texts
-from pipelines.corpus.sources import Unit
+from pipelines.corpus.reading.unit import Unit
+from pipelines.corpus.steps import Build
 from pipelines.corpus.tokens import make_tokenizer, tokenize_part
 from ulm import runtime
 from ulm.corpus.manifest import token_dtype

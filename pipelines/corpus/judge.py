@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pipelines.corpus.dedup import KEY_BYTES, groups_of, keepers
 from pipelines.corpus.near import clusters
 from pipelines.corpus.part import ROWS, SAMPLE_CHARS, Tally, read_rows, read_texts
-from pipelines.corpus.sources import Unit
+from pipelines.corpus.reading.unit import Unit
 from pipelines.corpus.split import assign
 from ulm.corpus.manifest import SPLITS, Corpus
 from ulm.recipes.corpus import NearDuplicates, Split

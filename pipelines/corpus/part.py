@@ -27,7 +27,7 @@ from pipelines.corpus.dedup import KEY_BYTES, content_id, content_key
 from pipelines.corpus.near import NUM_HASHES, signatures
 from pipelines.corpus.reading.chats import MARK
 from pipelines.corpus.reading.read import Reading, Record, cut, read_unit
-from pipelines.corpus.sources import Unit, is_html
+from pipelines.corpus.reading.unit import Unit, is_html
 from pipelines.corpus.stages import Stage, stages_of
 from pipelines.corpus.stages.html import html_to_text
 from ulm import artefacts

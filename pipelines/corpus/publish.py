@@ -27,7 +27,7 @@ from ulm.errors import ArtefactError
 from ulm.recipes.corpus import Source
 
 if TYPE_CHECKING:
-    from pipelines.corpus.assemble import Build
+    from pipelines.corpus.steps import Build
 
 PLAN_CONTEXT_TOKENS = 256  # of the row plan whose padding a manifest states
 

@@ -13,32 +13,13 @@ from pathlib import Path
 
 from pipelines.corpus.reading.formats import BOOKS, FORMATS, ROWS, TABLES, UNCOMPRESSED, by_name
 from pipelines.corpus.reading.places import Found, find_files
+from pipelines.corpus.reading.unit import Unit, document_rule
 from pipelines.corpus.split import named_split
 from ulm.corpus.manifest import SPLITS
 from ulm.errors import ConfigError, did_you_mean
 from ulm.recipes.corpus import Source
 
 MAX_PART_UNITS = 1_000
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What one reader reads at once: a file, a part of one, or rows of a dataset."""
-
-    source: int
-    path: str  # as recorded: relative to the source
-    file: str  # where it is: a local path in os.fsdecode's spelling, a URI, or what load_dataset takes
-    format: str  # of a file's content, or "dataset"
-    compression: str | None = None  # "gz" or "zst"
-    split: str | None = None  # the file's own
-    start: int = 0  # byte, row group or row; of a streamed dataset: its shard
-    end: int | None = None  # None: to the end; of a streamed dataset: the number of its shards
-    row: int = 0  # number of the first row, of parquet and datasets
-    piece: int = 0  # number of this piece of a file that is one document
-    size: int = 0  # bytes, to share the work out
-    modified: float = 0.0  # seconds since 1970, to know an unfinished build's files again
-    dataset_split: str | None = None
-    version: str | None = None  # of a dataset: its fingerprint, where it has one
 
 
 @dataclass(frozen=True)
@@ -84,16 +65,6 @@ def list_sources(sources: Sequence[Source], *, near: Path | None, root: Path, ma
         for unit in kept:
             units += parts(unit, source, max_bytes)
     return Listing(units, ignored, names)
-
-
-def document_rule(form: str, source: Source) -> str:
-    """What one document is in files of a format: file, line, paragraph or record."""
-    return source.document or ("record" if form in ROWS else "file")
-
-
-def is_html(unit: Unit, source: Source) -> bool:
-    """Whether the unit's texts are HTML, to be given whole and made plain before anything else."""
-    return unit.format in ("html", "epub") or source.html
 
 
 def share_out(units: Sequence[Unit], part_bytes: int = 4 << 20) -> list[list[int]]:

@@ -151,7 +151,7 @@ def tokenize(place: Path, texts: Texts, full: bool) -> None:
     """
     import tokenizers
 
-    from pipelines.corpus import assemble, job, work
+    from pipelines.corpus import job, steps, work
     from pipelines.corpus.part import read_texts
     from pipelines.corpus.publish import publish
     from pipelines.corpus.tokens import SHARD_BYTES
@@ -161,7 +161,7 @@ def tokenize(place: Path, texts: Texts, full: bool) -> None:
     ours, raw = [], []
     with _ray(place, texts):
         recipe = _recipe(place / "texts", workers=WORKERS, clean=stages)
-        made = assemble.Build(recipe, root=place, near=None, over=job.over_ray(WORKERS), progress=None)
+        made = steps.Build(recipe, root=place, near=None, over=job.over_ray(WORKERS), progress=None)
         with work.unfinished(place, recipe.name, made.identity()) as folder:
             made.read_and_clean(folder)
             made.judge()

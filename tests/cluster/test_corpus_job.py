@@ -16,7 +16,7 @@ import pytest
 import ray
 
 from pipelines import tokenizer_job
-from pipelines.corpus import assemble, job
+from pipelines.corpus import job, steps
 from tests.plain_build import corpus_recipe, plain_build
 from tests.written_corpus import stdlib_docstrings
 from ulm import artefacts
@@ -59,7 +59,7 @@ def test_one_two_and_four_workers_make_the_corpus_that_one_process_makes(
     lines = []
     for workers in (1, 2, 4):
         if workers == 4:  # another layout of parts too
-            monkeypatch.setattr(assemble, "share_out", lambda units: [[n] for n in range(len(units))])
+            monkeypatch.setattr(steps, "share_out", lambda units: [[n] for n in range(len(units))])
         place = root / str(workers)
         lines.append(job.build(corpus_recipe(source, tokenizer=BPE, workers=workers), root=place))
         corpus = Corpus.open("c", root=place)
@@ -118,7 +118,7 @@ def test_a_worker_that_is_lost_is_retried(root: Path, folder: Path, monkeypatch:
             os.kill(os.getpid(), signal.SIGKILL)
         return clean_part(*arguments, **options)
 
-    monkeypatch.setattr(assemble, "clean_part", clean_part_once_killed)
+    monkeypatch.setattr(steps, "clean_part", clean_part_once_killed)
     assert job.build(corpus_recipe({"path": str(folder)}), root=root)["digest"] == plain.digest
     assert died.exists()
 
@@ -129,7 +129,7 @@ def test_what_fails_on_a_worker_is_one_line_that_names_it(
     def full(*_: Any, **__: Any) -> dict[str, Any]:
         raise OSError(28, "No space left on device", "/disk/part")
 
-    monkeypatch.setattr(assemble, "clean_part", full)
+    monkeypatch.setattr(steps, "clean_part", full)
     with pytest.raises(CorpusError, match="^/disk/part: No space left on device; what is done stays: the same command"):
         job.build(corpus_recipe({"path": str(folder)}), root=root)
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.corpus import assemble, work
+from pipelines.corpus import assemble, steps, work
 from pipelines.corpus.dedup import content_key, groups_of, keepers
 from pipelines.corpus.estimate import plan
 from pipelines.corpus.over import Item, Over, Task, one_by_one
@@ -203,7 +203,7 @@ def test_a_build_killed_after_any_task_goes_on_and_ends_with_the_same_digest(
 def test_two_builds_of_one_corpus_at_once_are_refused(texts: Path, root: Path) -> None:
     (texts / "a.txt").write_text("some text")
     recipe = corpus_recipe({"path": str(texts)})
-    made = assemble.Build(recipe, root=root, near=None, over=one_by_one, progress=None)
+    made = steps.Build(recipe, root=root, near=None, over=one_by_one, progress=None)
     with work.unfinished(root, "c", made.identity()), pytest.raises(CorpusError, match="another process builds this"):
         assemble.build(recipe, root=root)
     assert assemble.build(recipe, root=root).documents.num_rows == 1
@@ -233,7 +233,7 @@ def test_a_full_disk_is_named_and_what_is_done_stays(texts: Path, root: Path) ->
                 file.write("x")
             return item
 
-        yield assemble._said(write)(items[1])
+        yield steps._said(write)(items[1])
 
     with pytest.raises(CorpusError, match=r"No space left on device; what is done stays"):
         assemble.build(recipe, root=root, over=full)

@@ -19,7 +19,8 @@ import pytest
 
 from pipelines.corpus.reading import hub, places, ranges
 from pipelines.corpus.reading.formats import by_name
-from pipelines.corpus.sources import Unit, is_html, share_out
+from pipelines.corpus.reading.unit import Unit, is_html
+from pipelines.corpus.sources import share_out
 from tests.source_reading import listing_of, read, records_of, sources_of
 from ulm.errors import ConfigError
 

@@ -12,7 +12,7 @@ from typing import Any
 from pipelines.corpus.reading.places import first_line
 from pipelines.corpus.reading.streams import UnusableError
 from pipelines.corpus.reading.tables import Row, columns_of
-from pipelines.corpus.sources import Unit
+from pipelines.corpus.reading.unit import Unit
 from pipelines.corpus.split import named_split
 from ulm.corpus.manifest import SPLITS
 from ulm.errors import ConfigError, did_you_mean

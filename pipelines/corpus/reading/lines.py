@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipelines.corpus.reading.streams import char_border, text_blocks
-from pipelines.corpus.sources import Unit
+from pipelines.corpus.reading.unit import Unit
 
 # Two line ends or more, white space between them. The carriage return before the first is taken off afterwards: a
 # pattern that begins with one character is searched 70 times as fast.

@@ -12,7 +12,7 @@ from pipelines.corpus.reading.formats import ROWS
 from pipelines.corpus.reading.places import open_file
 from pipelines.corpus.reading.streams import HEAD_BYTES, MAGIC, UnusableError, char_border, codec_of, is_binary
 from pipelines.corpus.reading.tables import Fault, Row, columns_of, is_array, rows_of
-from pipelines.corpus.sources import Unit, document_rule
+from pipelines.corpus.reading.unit import Unit, document_rule
 from ulm.recipes.corpus import Source
 
 # The parts that files and datasets are read in. They are in the corpus digest: a change makes new digests.

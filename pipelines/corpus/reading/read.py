@@ -13,7 +13,7 @@ from pipelines.corpus.reading.lines import lines_of, paragraphs, pieces, split_p
 from pipelines.corpus.reading.places import first_line
 from pipelines.corpus.reading.streams import UnusableError, blocks_of, char_border, text_blocks, whole
 from pipelines.corpus.reading.tables import Fault, rows_of, undecodable
-from pipelines.corpus.sources import Unit, document_rule, is_html
+from pipelines.corpus.reading.unit import Unit, document_rule, is_html
 from ulm.recipes.corpus import Source
 
 

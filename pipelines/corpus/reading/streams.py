@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
 from pipelines.corpus.reading.places import first_line, open_file
-from pipelines.corpus.sources import Unit
+from pipelines.corpus.reading.unit import Unit
 
 BLOCK_BYTES = 1 << 20
 HEAD_BYTES = 1 << 16  # what is looked at to tell text from other files

@@ -12,7 +12,7 @@ from typing import Any
 from pipelines.corpus.reading.lines import lines_of
 from pipelines.corpus.reading.places import first_line, open_file
 from pipelines.corpus.reading.streams import MAX_WHOLE_BYTES, UnusableError
-from pipelines.corpus.sources import Unit
+from pipelines.corpus.reading.unit import Unit
 from ulm.recipes.corpus import Source
 
 BATCH_BYTES = 4 << 20  # of parquet rows that are held at once
