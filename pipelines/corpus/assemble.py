@@ -47,10 +47,10 @@ def build(
         made.judge()
         tokens = made.tokenize(made.find_tokenizer())
         corpus = publish(made, tokens, shard_bytes)
+        if recipe.clustering is not None:
+            cluster_after_build(corpus, recipe.clustering, over=over, progress=progress)
+            write_report(corpus.folder, corpus.manifest)
         work.finished(folder)
-    if recipe.clustering is not None:
-        cluster_after_build(corpus, recipe.clustering, over=over, progress=progress)
-        write_report(corpus.folder, corpus.manifest)
     log.info("corpus %s: %s", recipe.name, made.seconds)
     return corpus
 

@@ -31,5 +31,5 @@ def fingerprint(place: Path, folder: str, first: int, end: int, config: NearDupl
     keys = np.frombuffer(b"".join(map(content_key, texts)), dtype=f"S{KEY_BYTES}")
     with artefacts.new_folder(place) as partial:
         np.save(partial / "keys.npy", keys, allow_pickle=False)
-        found = np.zeros((end - first, NUM_HASHES), np.uint32) if config is None else signatures(texts, config)
-        np.save(partial / "signatures.npy", found, allow_pickle=False)
+        found = np.zeros((0, NUM_HASHES), np.uint32) if config is None else signatures(texts, config)
+        (partial / "signatures.bin").write_bytes(found.tobytes())

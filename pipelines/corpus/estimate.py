@@ -66,7 +66,7 @@ def plan(recipe: CorpusRecipe, *, root: Path, near: Path | None = None) -> dict[
         start = time.process_time()
         tokenize_part(tokens, texts, tokenizer)
         tokenize_s = time.process_time() - start
-        part_bytes, token_bytes = _size(part), (tokens / "tokens.npy").stat().st_size
+        part_bytes, token_bytes = _size(part), (tokens / "tokens.bin").stat().st_size
     num_tokens = int(token_bytes * scale) // token_dtype(tokenizer.vocab_size).itemsize
     return {
         "files": len({(unit.source, unit.path) for unit in units}),

@@ -20,6 +20,7 @@ from pipelines.corpus.part import ROWS, SAMPLE_CHARS, Tally, read_rows, read_tex
 from pipelines.corpus.reading.unit import Unit
 from pipelines.corpus.split import assign
 from ulm.corpus.manifest import SPLITS, Corpus
+from ulm.errors import ConfigError
 from ulm.recipes.corpus import NearDuplicates, Split
 
 MAX_LISTED = 1_000  # dropped files and lines that a manifest names; all are counted
@@ -100,10 +101,23 @@ class Judgement:
         """Documents that are left."""
         return int(self.alive.sum())
 
-    def exclude(self, ids: Sequence[str]) -> None:
-        """Drop the documents that a recipe names."""
-        named = set(ids)
-        self._drop("exclude", np.array([i in named for i in self.ids], np.bool_), "excluded")
+    def exclude(self, ids: Sequence[str], inherited: Sequence[str] = ()) -> None:
+        """Drop the documents that a recipe names by id or the beginning of one, all copies of a text alike.
+
+        Raises ConfigError for an id that no document has; `inherited` ones need not be there.
+        """
+        if not ids and not inherited:
+            return
+        known = np.array(self.ids)
+        order = np.argsort(known)
+        mask = np.zeros(len(known), np.bool_)
+        for number, given in enumerate([*ids, *inherited]):
+            first, last = np.searchsorted(known[order], [given.partition("-")[0], given.partition("-")[0] + "g"])
+            if first == last and number < len(ids):
+                remedy = "as `ulm corpus show` and documents.parquet have them"
+                raise ConfigError(f"exclude.{number}", f"no document of these sources has the id {given!r}", remedy)
+            mask[order[first:last]] = True
+        self._drop("exclude", mask, "excluded")
 
     def drop_exact_duplicates(self) -> None:
         """Of documents with equal keys one stays."""
@@ -123,19 +137,59 @@ class Judgement:
         num_base = len(self.base.keys)
         numbers = np.concatenate([np.arange(num_base), num_base + np.flatnonzero(self.alive)])
         found = clusters(len(numbers), pairs)
-        leader = keepers(found, self._rank[numbers])
         sizes = np.bincount(found, minlength=len(numbers))[found]
-        is_new = numbers >= num_base
-        follows = (leader != np.arange(len(numbers))) & is_new
-        if not config.drop:  # a cluster has one split: what its files put elsewhere cannot stay
-            split = np.concatenate([self.base.split, self._own])[numbers]
-            follows &= (split >= 0) & (split != split[leader]) & (split[leader] >= 0)
-            together = np.stack([numbers[leader], numbers], axis=1)
-            self._together = together[(sizes > 1) & ~follows]
+        if config.drop:
+            follows = (keepers(found, self._rank[numbers]) != np.arange(len(numbers))) & (numbers >= num_base)
+        else:
+            follows = self._bridges(numbers, pairs)
+            left = ~follows[pairs].any(axis=1)
+            self._together = numbers[pairs[left]]
         mask = np.zeros(len(self.row_of), np.bool_)
         mask[numbers[follows] - num_base] = True
         self._drop("duplicate_near", mask, "duplicate_near")
         self.near = self._near_figures(numbers, found, sizes, int(mask.sum()))
+
+    def _bridges(self, numbers: NDArray[np.int64], pairs: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Documents that must go where near duplicates are to stay, lest a cluster spans two splits.
+
+        Of a cluster that holds several splits (of files that name theirs, or of a corpus that is extended), first
+        whatever is free to go elsewhere, for it may be what ties them; of what is then still tied, all but one split.
+        """
+        num_base = len(self.base.keys)
+        place_of = np.full(num_base + len(self.row_of), -1, np.int64)
+        place_of[numbers] = np.arange(len(numbers))
+        pieces = place_of[self._pieces()]
+        tied = np.concatenate([pairs, pieces[(pieces >= 0).all(axis=1)]])
+        split = np.concatenate([self.base.split, self._own])[numbers]
+        is_new = numbers >= num_base
+        gone = np.zeros(len(numbers), np.bool_)
+        for may_go in (is_new & (split < 0), is_new):
+            group = clusters(len(numbers), tied[~gone[tied].any(axis=1)])
+            leader = keepers(group, self._rank[numbers])
+            other = (split >= 0) & (split != split[leader])  # a leader has a split where any of its group has one
+            torn = np.isin(group, group[other & ~gone])
+            gone |= torn & may_go & ((split < 0) | other)
+        return gone
+
+    def _pieces(self) -> NDArray[np.int64]:
+        """Pairs of pieces of one document that was cut, the first of them and each other, numbered with the base's."""
+        record = np.flatnonzero(~self.rows["digest"].is_valid().to_numpy())
+        unit, line, piece = (self.rows[name].to_numpy()[record] for name in ("unit", "line", "piece"))
+        paths = {(u.source, u.path): n for n, u in enumerate(self.units)}
+        path = np.array([paths[u.source, u.path] for u in self.units], np.int64)[unit]
+        parted = {paths[u.source, u.path] for u in self.units if u.piece > 0}  # files that are one document each
+        goes_on = np.zeros(len(record), np.bool_)
+        goes_on[1:] = (path[1:] == path[:-1]) & (line[1:] == line[:-1]) & (piece[1:] == piece[:-1] + 1)
+        if parted:
+            goes_on[1:] |= (path[1:] == path[:-1]) & np.isin(path[1:], list(parted))
+        document = np.cumsum(~goes_on)  # which one each record is a piece of
+        of_row = np.zeros(self.rows.num_rows, np.int64)
+        of_row[record] = document
+        mine = of_row[self.row_of]
+        first = np.unique(mine, return_index=True)[1][np.unique(mine, return_inverse=True)[1]]
+        later = np.flatnonzero(first != np.arange(len(mine)))
+        found: NDArray[np.int64] = np.stack([first[later], later], axis=1) + len(self.base.keys)
+        return found
 
     def _near_figures(
         self, numbers: NDArray[np.int64], found: NDArray[np.int64], sizes: NDArray[np.int64], dropped: int
@@ -159,12 +213,7 @@ class Judgement:
     def assign_splits(self, config: Split) -> None:
         """A split for each document that is left: its file's own, else by hash; what belongs together stays so."""
         num_base = len(self.base.keys)
-        piece = self.rows["piece"].to_numpy()[self.row_of]
-        follows = np.flatnonzero(piece > 0)  # a later piece of the document before
-        pieces = np.stack([follows - 1, follows], axis=1) + num_base
-        group = clusters(
-            num_base + len(self.row_of), np.concatenate([self._together, pieces[pieces[:, 0] >= num_base]])
-        )
+        group = clusters(num_base + len(self.row_of), np.concatenate([self._together, self._pieces()]))
         leader = keepers(group, self._rank)[num_base:]
         keys = np.concatenate([self.base.keys, self.keys])[leader]
         own = np.concatenate([self.base.split, self._own])[leader]

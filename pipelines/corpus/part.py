@@ -5,7 +5,7 @@ killed goes on from the parts that are there.
 
     rows.arrow       a row per record read, and a last row per unit (ROWS)
     texts.arrow      the text of each row that is a document (TEXTS)
-    signatures.npy   MinHash signatures of the documents, [documents, hashes]
+    signatures.bin   MinHash signatures of the documents, [documents, hashes] of uint32
     account.json     what each stage took in and gave out, and some texts it dropped
 """
 
@@ -15,6 +15,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +50,7 @@ ROWS = pa.schema(
 TEXTS = pa.schema(
     [("row", pa.int64()), ("text", pa.large_string()), ("source_chars", pa.int64()), ("is_chat", pa.bool_())]
 )
-BATCH_BYTES, BATCH_DOCUMENTS = 1 << 20, 1_000  # that go through the stages at once
+BATCH_BYTES, BATCH_ROWS = 1 << 20, 1_000  # that go through the stages at once, of text and of rows
 MAX_SAMPLES, SAMPLE_CHARS = 3, 500  # dropped texts kept for reading, of each reason in each part
 _LZ4 = pa.ipc.IpcWriteOptions(compression="lz4")
 
@@ -99,17 +100,28 @@ class _Document:
 
 
 class _Cleaner:
-    """Takes records, runs the stages over batches of them, keeps rows, texts and the account."""
+    """Takes records, runs the stages over batches of them, writes rows, texts and signatures, keeps the account.
 
-    def __init__(self, stages: Sequence[Stage], clean: Clean) -> None:
+    It holds one batch, however much a part has: a large file of a format that cannot be parted is one unit.
+    """
+
+    def __init__(self, folder: Path, stages: Sequence[Stage], clean: Clean) -> None:
         self.stages, self.clean = list(stages), clean
         self.tallies = {name: Tally() for name in ("read", "html", *(stage.name for stage in stages))}
         self.samples: dict[str, list[dict[str, Any]]] = {}
-        self.rows: list[list[Any]] = []
-        self.texts: list[tuple[int, str, int | None, bool]] = []
-        self.signatures: list[NDArray[np.uint32]] = []
+        self.num_rows = self.num_documents = self.num_unreadable = 0
+        self._files = ExitStack()
+        self._rows = self._files.enter_context(_writer(folder / "rows.arrow", ROWS))
+        self._texts = self._files.enter_context(_writer(folder / "texts.arrow", TEXTS))
+        self._signatures = self._files.enter_context((folder / "signatures.bin").open("wb"))
+        self._pending: list[list[Any]] = []  # rows whose fate is not known before their batch is through
         self._waiting: list[_Document] = []
         self._filled = 0
+
+    def close(self) -> None:
+        """Run what is waiting, and finish the files."""
+        self.flush()
+        self._files.close()
 
     def add(self, number: int, unit: Unit, record: Record, html: bool) -> None:
         """The next record of a unit. HTML becomes text first, for only then is it known whether it must be cut."""
@@ -141,29 +153,33 @@ class _Cleaner:
         tally = self.tallies["read"]
         tally.num_in += 1
         reason = record.reason
-        self.rows.append([number, record.offset, record.line, record.piece, None, None, 0, reason, None])
+        self._pending.append([number, record.offset, record.line, record.piece, None, None, 0, reason, None])
         if record.text is None:
             assert reason is not None
+            self.num_unreadable += reason.startswith("unreadable")
             (dropped_by or tally).dropped[reason.partition(":")[0]] += 1
             tally.num_out += dropped_by is not None
             return
         tally.num_out += 1
         texts = [record.text] if record.target is None else [record.text, record.target]
-        self._waiting.append(_Document(len(self.rows) - 1, texts, record.is_chat))
+        self._waiting.append(_Document(len(self._pending) - 1, texts, record.is_chat))
         self._filled += sum(map(len, texts))
-        if self._filled >= BATCH_BYTES or len(self._waiting) >= BATCH_DOCUMENTS:
+        if self._filled >= BATCH_BYTES or len(self._pending) >= BATCH_ROWS:
             self.flush()
 
     def end_unit(self, number: int, reading: Reading) -> None:
         """A unit is read."""
-        self.rows.append([number, 0, reading.num_lines, 0, None, None, 0, None, reading.hash.hexdigest()])
+        self._pending.append([number, 0, reading.num_lines, 0, None, None, 0, None, reading.hash.hexdigest()])
 
     def flush(self) -> None:
-        """Run the stages over what is waiting."""
+        """Run the stages over what is waiting, and write all rows up to here."""
         alive, self._waiting, self._filled = self._waiting, [], 0
         for stage in self.stages:
             alive = self._apply(stage, alive)
         self._keep(alive)
+        self._rows.write_batch(_batch(ROWS, self._pending))
+        self.num_rows += len(self._pending)
+        self._pending = []
 
     def _apply(self, stage: Stage, documents: list[_Document]) -> list[_Document]:
         """One stage over documents; a pair goes when one of its texts does."""
@@ -187,27 +203,30 @@ class _Cleaner:
         return alive
 
     def _drop(self, document: _Document, reason: str, tally: Tally) -> None:
-        self.rows[document.row][7] = reason
+        self._pending[document.row][7] = reason
         tally.dropped[reason] += 1
         text = "\n".join(document.texts)
         if text.strip() and len(kept := self.samples.setdefault(reason, [])) < MAX_SAMPLES:
-            kept.append({"unit": self.rows[document.row][0], "text": text[:SAMPLE_CHARS]})
+            kept.append({"unit": self._pending[document.row][0], "text": text[:SAMPLE_CHARS]})
 
     def _keep(self, documents: list[_Document]) -> None:
         start = time.process_time()
         contents = [document.content for document in documents]
+        texts = []
         for document, content in zip(documents, contents, strict=True):
             encoded = content.encode()
-            row = self.rows[document.row]
+            row = self._pending[document.row]
             row[4], row[5], row[6] = content_key(content), content_id(encoded), len(encoded)
             is_pair = len(document.texts) == 2
             row[6] -= is_pair  # the line end between the two is no byte of theirs
             source_chars = len(document.texts[0]) if is_pair else None
-            self.texts.append((document.row, "".join(document.texts), source_chars, document.is_chat))
+            texts.append((self.num_rows + document.row, "".join(document.texts), source_chars, document.is_chat))
+        self._texts.write_batch(_batch(TEXTS, texts))
+        self.num_documents += len(documents)
         self.tallies.setdefault("fingerprint", Tally()).cpu_seconds += time.process_time() - start
         if self.clean.duplicate_near is not None:
             start = time.process_time()
-            self.signatures.append(signatures(contents, self.clean.duplicate_near))
+            self._signatures.write(signatures(contents, self.clean.duplicate_near).tobytes())
             self.tallies.setdefault("signature", Tally()).cpu_seconds += time.process_time() - start
 
 
@@ -221,27 +240,22 @@ def clean_part(
     index: Path | None = None,
 ) -> dict[str, Any]:
     """Make the part at `place` of these numbered units; returns its account. `index`: see `stages_of`."""
-    cleaner = _Cleaner(stages_of(clean, index), clean)
     start = time.process_time()
-    num_units = 0
-    for number, unit in units:
-        reading, source = Reading(), sources[unit.source]
-        html = is_html(unit, source)
-        for record in read_unit(unit, source, reading, clean.max_document_bytes, chat_template):
-            cleaner.add(number, unit, record, html)
-        cleaner.end_unit(number, reading)
-        num_units += 1
-    cleaner.flush()
     with artefacts.new_folder(place) as folder:
-        _write(folder / "rows.arrow", ROWS, cleaner.rows)
-        _write(folder / "texts.arrow", TEXTS, cleaner.texts)
-        found = np.concatenate(cleaner.signatures) if cleaner.signatures else np.zeros((0, NUM_HASHES), np.uint32)
-        np.save(folder / "signatures.npy", found, allow_pickle=False)
+        cleaner = _Cleaner(folder, stages_of(clean, index), clean)
+        for number, unit in units:
+            reading, source = Reading(), sources[unit.source]
+            html = is_html(unit, source)
+            for record in read_unit(unit, source, reading, clean.max_document_bytes, chat_template):
+                cleaner.add(number, unit, record, html)
+            cleaner.end_unit(number, reading)
+        cleaner.close()
         others = sum(t.cpu_seconds for t in cleaner.tallies.values())
         cleaner.tallies["read"].cpu_seconds = time.process_time() - start - others
         account = {
-            "rows": len(cleaner.rows),
-            "documents": len(cleaner.texts),
+            "rows": cleaner.num_rows,
+            "documents": cleaner.num_documents,
+            "unreadable": cleaner.num_unreadable,
             "stages": {name: tally.as_json() for name, tally in cleaner.tallies.items()},
             "samples": cleaner.samples,
         }
@@ -249,11 +263,28 @@ def clean_part(
     return account
 
 
-def _write(path: Path, schema: pa.Schema, rows: Sequence[Sequence[Any]]) -> None:
+def _writer(path: Path, schema: pa.Schema) -> pa.ipc.RecordBatchFileWriter:
+    return pa.ipc.new_file(str(path), schema, options=_LZ4)
+
+
+def _batch(schema: pa.Schema, rows: Sequence[Sequence[Any]]) -> pa.RecordBatch:
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(schema)
-    table = pa.table([pa.array(c, t) for c, t in zip(columns, schema.types, strict=True)], schema=schema)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema, options=_LZ4) as writer:
-        writer.write_table(table, max_chunksize=10_000)
+    return pa.record_batch([pa.array(c, t) for c, t in zip(columns, schema.types, strict=True)], schema=schema)
+
+
+def is_done(part: Path) -> bool:
+    """Whether a part is there and need not be read again: what could not be opened last time may be readable now."""
+    try:
+        account = json.loads((part / "account.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return not account["unreadable"]
+
+
+def read_signatures(part: Path) -> NDArray[np.uint32]:
+    """The MinHash signatures of a part's documents, [documents, hashes]; none where nothing asked for them."""
+    found: NDArray[np.uint32] = np.fromfile(part / "signatures.bin", np.uint32)
+    return found.reshape(-1, NUM_HASHES)
 
 
 def read_rows(part: Path) -> pa.Table:

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +24,13 @@ from ulm import artefacts
 from ulm.corpus.manifest import DOCUMENT_COLUMNS, DOCUMENTS, SPLITS, Corpus, token_dtype
 from ulm.corpus.rows import RowPlan
 from ulm.errors import ArtefactError
+from ulm.recipes.base import resolve_path
 from ulm.recipes.corpus import Source
 
 if TYPE_CHECKING:
     from pipelines.corpus.steps import Build
 
+WRITE_TOKENS = 4_000_000  # of a part that are held at once
 PLAN_CONTEXT_TOKENS = 256  # of the row plan whose padding a manifest states
 
 
@@ -87,10 +89,14 @@ class _Publisher:
             chosen = judged.alive[before[number] : before[number + 1]]
             split = judged.split[before[number] : before[number + 1]][chosen]
             num_tokens = np.maximum(counts[number][:, 0], 0)
-            tokens = np.load(part / "tokens.npy", mmap_mode="r")
-            of_token = np.repeat(split, num_tokens)
-            for value in np.unique(split).tolist():
-                self.shards[SPLITS[value]].write(tokens[of_token == value].tobytes())
+            ends = np.cumsum(num_tokens)
+            with (part / "tokens.bin").open("rb") as file:
+                for first, last in _runs(ends):
+                    size = int(ends[last - 1] - (ends[first - 1] if first else 0))
+                    tokens = np.fromfile(file, self.dtype, size)
+                    of_token = np.repeat(split[first:last], num_tokens[first:last])
+                    for value in np.unique(of_token).tolist():
+                        self.shards[SPLITS[value]].write(tokens[of_token == value].tobytes())
         for shard in self.shards.values():
             shard.close()
         if refused.any():
@@ -178,7 +184,7 @@ class _Publisher:
             "workers": recipe.workers,
             "base": {"digest": base.digest, "name": base.name, "documents": num_base} if base else None,
             "content": content,
-            "clean": build.clean.model_dump(),
+            "clean": _clean_settings(build),
             "split": build.split.model_dump(),
             "sources": [*(base.manifest["sources"] if base else ()), *sources],
             "documents": {
@@ -222,6 +228,16 @@ class _Publisher:
         return {"context_tokens": PLAN_CONTEXT_TOKENS, "split": split, "share": round(plan.padding_share, 6)}
 
 
+def _runs(ends: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Runs of documents, first and end, of about WRITE_TOKENS; `ends` counts tokens up to the end of each document."""
+    first = 0
+    while first < len(ends):
+        before = int(ends[first - 1]) if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, before + WRITE_TOKENS, side="right")))
+        yield first, last
+        first = last
+
+
 def _distinct(ids: list[str], earlier: set[str]) -> list[str]:
     """The ids, numbered where the same text stands more than once because duplicates are kept."""
     if len(set(ids)) == len(ids) and not earlier.intersection(ids):
@@ -229,8 +245,12 @@ def _distinct(ids: list[str], earlier: set[str]) -> list[str]:
     seen = Counter(earlier)
     found = []
     for identity in ids:
-        seen[identity] += 1
-        found.append(identity if seen[identity] == 1 else f"{identity}-{seen[identity]}")
+        name = identity
+        while name in seen:
+            seen[identity] += 1
+            name = f"{identity}-{seen[identity]}"
+        seen[name] += 1
+        found.append(name)
     return found
 
 
@@ -248,6 +268,14 @@ def _clean(build: Build) -> dict[str, Any]:
     return settings
 
 
+def _clean_settings(build: Build) -> dict[str, Any]:
+    """The settings of cleaning as another recipe can take them over: with whole paths."""
+    settings = build.clean.model_dump(mode="json")
+    for evaluation in (settings["decontamination"] or {}).get("sets", ()):
+        evaluation["path"] = str(resolve_path(evaluation["path"], near=build.near, root=build.root).absolute())
+    return settings
+
+
 def _by_domain(documents: pa.Table) -> list[dict[str, Any]]:
     sums = documents.group_by(["domain", "split"], use_threads=False).aggregate(
         [("id", "count"), ("num_tokens", "sum"), ("num_bytes", "sum")]
@@ -259,9 +287,10 @@ def _by_domain(documents: pa.Table) -> list[dict[str, Any]]:
 def _link(source: Path, place: Path) -> None:
     """The same file a second time: a link where the disk can, else a copy."""
     try:
-        os.link(source, place)
+        os.link(source, place, follow_symlinks=False)
     except OSError:
-        shutil.copyfile(source, place)
+        with source.open("rb") as content, place.open("xb") as copy:  # never over a file that is there
+            shutil.copyfileobj(content, copy)
 
 
 def _remove_damaged(place: Path) -> None:

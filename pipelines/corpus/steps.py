@@ -21,7 +21,7 @@ from pipelines.corpus.base import base_of, fingerprint
 from pipelines.corpus.judge import Base, Judgement
 from pipelines.corpus.near import NUM_HASHES, band_pairs, bands
 from pipelines.corpus.over import Item, Over, Progress, Task, silent
-from pipelines.corpus.part import clean_part, read_texts
+from pipelines.corpus.part import clean_part, is_done, read_signatures, read_texts
 from pipelines.corpus.reading.unit import Unit
 from pipelines.corpus.sources import Listing, list_sources, share_out
 from pipelines.corpus.stages import language, personal_data
@@ -69,6 +69,10 @@ class Build:
             with self.timed("evaluation sets"):
                 place = "clean.decontamination"
                 self.ngrams = NgramIndex.build(self.clean.decontamination, near=near, root=root, place=place)
+            theirs = self.base.manifest["content"]["clean"].get("decontamination") if self.base else None
+            if recipe.clean is None and theirs and theirs["ngrams"] != self.ngrams.digest:
+                problem = "its evaluation sets are not what they were when it was built"
+                raise ConfigError("extends", problem, "put them back, or state clean in this recipe")
         with self.timed("list"):
             max_bytes = self.clean.max_document_bytes
             self.listing: Listing = list_sources(recipe.sources, near=near, root=root, max_bytes=max_bytes)
@@ -111,7 +115,7 @@ class Build:
             "version": ulm.__version__,
             "name": self.recipe.name,
             "sources": [source.model_dump() for source in self.recipe.sources],
-            "units": artefacts.digest_json([vars(unit) for unit in self.listing.units]),
+            "units": artefacts.digest_bytes(json.dumps([vars(unit) for unit in self.listing.units]).encode()),
             "clean": self.clean.model_dump(),
             "evaluation_ngrams": self.ngrams.digest if self.ngrams else None,
             "chat_template": self.chat_template,
@@ -144,8 +148,10 @@ class Build:
                 "bytes": size,
             }
             for number, (place, group, size) in enumerate(zip(self.parts, groups, sizes, strict=True))
-            if not place.is_dir()
+            if not is_done(place)
         ]
+        for item in items:
+            work.finished(Path(item["place"]))  # one that must be read again
         done, total = sum(sizes) - sum(item["bytes"] for item in items), sum(sizes)
         with self.timed("read and clean", done, total):
             rate = _Rate("documents")
@@ -165,8 +171,7 @@ class Build:
             for account in accounts:
                 for stage, tally in account["stages"].items():
                     self._count(stage, tally["cpu_seconds"])
-            if self.recipe.exclude:
-                self.judged.exclude(self.recipe.exclude)
+            self.judged.exclude(self.recipe.exclude, self._inherited_exclude())
             if self.clean.duplicate_exact:
                 self.judged.drop_exact_duplicates()
         if self.clean.duplicate_near is not None:
@@ -176,6 +181,17 @@ class Build:
         if not self.judged.num_kept:
             work.finished(self.work)
             raise CorpusError(nothing_left(self.listing, self.judged))
+
+    def _inherited_exclude(self) -> list[str]:
+        """What the corpus that is extended excludes; a document of its own can only be excluded by building it anew."""
+        if self.base is None:
+            return []
+        theirs = self.base.documents["id"].to_pylist()
+        for number, given in enumerate(self.recipe.exclude):
+            if any(identity.startswith(given) for identity in theirs):
+                remedy = "build that corpus without it"
+                raise ConfigError(f"exclude.{number}", f"{given} is in the corpus that is extended", remedy)
+        return list(self.base.manifest["content"]["exclude"])
 
     def _base(self) -> Base:
         """Fingerprints of the corpus that is extended: its shards hold its text."""
@@ -210,12 +226,12 @@ class Build:
         all_signatures: NDArray[np.uint32] = work.new_array(merged, np.uint32, (total, NUM_HASHES))
         at = 0
         for place in self._base_parts if self.base else []:
-            found = np.load(place / "signatures.npy", mmap_mode="r")
+            found = read_signatures(place)
             all_signatures[at : at + len(found)] = found
             at += len(found)
         for number, place in enumerate(self.parts):
             mine = alive[self._documents_before[number] : self._documents_before[number + 1]]
-            found = np.load(place / "signatures.npy", mmap_mode="r")[mine]
+            found = read_signatures(place)[mine]
             all_signatures[at : at + len(found)] = found
             at += len(found)
         del all_signatures  # flushed

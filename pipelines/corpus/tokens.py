@@ -47,31 +47,40 @@ def make_tokenizer(
 def tokenize_part(place: Path, texts: Iterable[Text], tokenizer: Tokenizer) -> dict[str, Any]:
     """Tokens of a part's documents, at `place`.
 
-    tokens.npy    end to end, as stored
+    tokens.bin    end to end, as stored
     counts.npy    [documents, 2]: tokens, and those of them that are a pair's source; -1 for what it cannot spell
     """
     dtype = token_dtype(tokenizer.vocab_size)
     counts: list[NDArray[np.int64]] = []
-    tokens: list[NDArray[Any]] = []
     start = time.process_time()
-    for batch in _batches(texts):
-        is_pair = np.array([text.source_chars is not None for text in batch], np.bool_)
-        arrays, known = _encoded([side for text in batch for side in text.sides], tokenizer, dtype)
-        ends = np.cumsum(is_pair + 1)
-        first = ends - (is_pair + 1)
-        for number in np.flatnonzero([text.is_chat for text in batch]).tolist():
-            at = int(first[number])
-            arrays[at], known[at] = _encoded_chat(batch[number].text, tokenizer, dtype)
-        sizes = np.array([len(array) for array in arrays], np.int64)
-        found = np.stack([sizes[first] + sizes[ends - 1] * is_pair, sizes[first] * is_pair], axis=1)
-        found[~(known[first] & known[ends - 1])] = -1
-        counts.append(found)
-        tokens += [array for array, ok in zip(arrays, np.repeat(found[:, 0] >= 0, is_pair + 1), strict=True) if ok]
     with artefacts.new_folder(place) as folder:
-        np.save(folder / "tokens.npy", np.concatenate(tokens) if tokens else np.zeros(0, dtype), allow_pickle=False)
+        with (folder / "tokens.bin").open("wb") as file:
+            for batch in _batches(texts):
+                found, arrays = _counted(batch, tokenizer, dtype)
+                counts.append(found)
+                for array in arrays:
+                    file.write(array.tobytes())
         all_counts = np.concatenate(counts) if counts else np.zeros((0, 2), np.int64)
         np.save(folder / "counts.npy", all_counts, allow_pickle=False)
     return {"documents": len(all_counts), "cpu_seconds": time.process_time() - start}
+
+
+def _counted(
+    batch: list[Text], tokenizer: Tokenizer, dtype: np.dtype[Any]
+) -> tuple[NDArray[np.int64], list[NDArray[Any]]]:
+    """counts.npy's rows of a batch, and the tokens of those documents that can be spelled."""
+    is_pair = np.array([text.source_chars is not None for text in batch], np.bool_)
+    arrays, known = _encoded([side for text in batch for side in text.sides], tokenizer, dtype)
+    ends = np.cumsum(is_pair + 1)
+    first = ends - (is_pair + 1)
+    for number in np.flatnonzero([text.is_chat for text in batch]).tolist():
+        at = int(first[number])
+        arrays[at], known[at] = _encoded_chat(batch[number].text, tokenizer, dtype)
+    sizes = np.array([len(array) for array in arrays], np.int64)
+    found = np.stack([sizes[first] + sizes[ends - 1] * is_pair, sizes[first] * is_pair], axis=1)
+    found[~(known[first] & known[ends - 1])] = -1
+    spelled = np.repeat(found[:, 0] >= 0, is_pair + 1)
+    return found, [array for array, ok in zip(arrays, spelled, strict=True) if ok]
 
 
 def _batches(texts: Iterable[Text]) -> Iterator[list[Text]]:

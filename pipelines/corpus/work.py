@@ -36,20 +36,35 @@ def unfinished(root: Path, name: str, identity: dict[str, Any]) -> Iterator[Path
     """
     corpora = root / "corpora"
     folder = corpora / f"{PREFIX}{artefacts.digest_json(identity)[:16]}{artefacts.PARTIAL}"
-    folder.mkdir(parents=True, exist_ok=True)
+    corpora.mkdir(parents=True, exist_ok=True)
     _remove_older(corpora, name, but=folder)
-    lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o644)
+    lock = _locked(folder)
     try:
-        if not _take(lock):
-            raise CorpusError(f"{folder}: another process builds this corpus now; wait for it, or end it")
         artefacts.write_json(folder / "about.json", {"name": name})
         yield folder
     finally:
         os.close(lock)
 
 
+def _locked(folder: Path) -> int:
+    """The lock of a folder, taken; of one that its last builder removed meanwhile that of the folder made anew."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        try:
+            lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o644)
+        except FileNotFoundError:
+            continue
+        if not _take(lock):
+            os.close(lock)
+            raise CorpusError(f"{folder}: another process builds this corpus now; wait for it, or end it")
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), os.stat(folder / LOCK)):
+                return lock
+        os.close(lock)
+
+
 def finished(folder: Path) -> None:
-    """Remove the folder of a build whose corpus stands, or that can have none."""
+    """Remove a folder that is not needed any more: of a build whose corpus stands, or of a part to be read again."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -88,6 +103,8 @@ def write_array(path: Path, array: NDArray[Any]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}{artefacts.PARTIAL}")
     with partial.open("wb") as file:
         np.save(file, array, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -326,10 +327,143 @@ def test_a_document_that_a_recipe_excludes_is_not_in_the_corpus(texts: Path, roo
     (texts / "rows.jsonl").write_text("".join(json.dumps({"text": prose(n)}) + "\n" for n in range(10)))
     whole = plain_build(root, {"path": str(texts)})
     gone = whole.documents["id"][3].as_py()
-    less = plain_build(root, {"path": str(texts)}, exclude=[gone])
-    assert texts_of(less) == [text for n, text in enumerate(texts_of(whole)) if n != 3]
-    assert less.manifest["documents"]["dropped"] == {"excluded": 1}
-    assert less.digest != whole.digest
+    for given in (gone, gone[:8], f"{gone}-2"):
+        less = plain_build(root, {"path": str(texts)}, exclude=[given])
+        assert texts_of(less) == [text for n, text in enumerate(texts_of(whole)) if n != 3]
+        assert less.manifest["documents"]["dropped"] == {"excluded": 1}
+        assert less.digest != whole.digest
+    with pytest.raises(ConfigError, match="exclude.1: no document of these sources has the id 'ffff0000'"):
+        plain_build(root, {"path": str(texts)}, exclude=[gone, "ffff0000"])
+
+
+def test_what_a_corpus_excludes_does_not_come_back_when_it_is_extended(texts: Path, root: Path) -> None:
+    (texts / "rows.jsonl").write_text("".join(json.dumps({"text": prose(n)}) + "\n" for n in range(10)))
+    gone = plain_build(root, {"path": str(texts)}).documents["id"][3].as_py()
+    base = plain_build(root, {"path": str(texts)}, exclude=[gone])
+    (texts / "more.jsonl").write_text(json.dumps({"text": prose(77)}) + "\n")
+    corpus = extended(root, base.digest, {"path": str(texts)})
+    assert texts_of(corpus)[-1] == prose(77)
+    assert corpus.documents.num_rows == 10
+    assert gone not in corpus.documents["id"].to_pylist()
+    held = base.documents["id"][0].as_py()
+    with pytest.raises(ConfigError, match=f"exclude.0: {held} is in the corpus that is extended"):
+        extended(root, base.digest, {"path": str(texts)}, exclude=[held])
+
+
+def test_copies_that_stay_keep_distinct_ids_when_a_corpus_is_extended(texts: Path, root: Path, tmp_path: Path) -> None:
+    off = {"clean": {"duplicate_exact": False, "duplicate_near": False}}
+    for name in ("a.txt", "b.txt"):
+        (texts / name).write_text("same")
+    base = plain_build(root, {"path": str(texts)}, **off)
+    corpus = extended(root, base.digest, {"path": str(texts)})
+    first = base.documents["id"][0].as_py()
+    assert corpus.documents["id"].to_pylist() == [first, f"{first}-2", f"{first}-3", f"{first}-4"]
+
+
+def test_a_file_that_could_not_be_read_is_tried_again(texts: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipelines.corpus.reading import places, streams
+
+    (texts / "a.txt").write_text("some text")
+    (texts / "b.txt").write_text("other text")
+
+    def refused(file: str) -> Any:
+        if file.endswith("b.txt"):
+            raise PermissionError(13, "Permission denied")
+        return places.open_file(file)
+
+    recipe = corpus_recipe({"path": str(texts)})
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(streams, "open_file", refused)
+        assemble.build(recipe, root=root, over=killed_after(1))
+    assert texts_of(assemble.build(recipe, root=root)) == ["some text", "other text"]
+
+
+def test_near_duplicates_that_stay_do_not_tie_splits_by_the_pieces_of_a_document(texts: Path, root: Path) -> None:
+    one, two = prose(1, 300), prose(2, 300)
+    (texts / "test.txt").write_text(near(one))
+    (texts / "val.txt").write_text(near(two))
+    (texts / "cut.txt").write_text(one.ljust(3_000)[:3_000] + two)
+    (texts / "free.txt").write_text(prose(3))
+    clean = {"duplicate_near": {"drop": False, "threshold": 0.5}, "max_document_bytes": 3_000}
+    corpus = plain_build(root, {"path": str(texts)}, clean=clean)
+    found = dict(zip(corpus.documents["path"].to_pylist(), corpus.documents["split"].to_pylist(), strict=True))
+    assert found == {"test.txt": "test", "val.txt": "val", "free.txt": "train"}
+    assert corpus.manifest["documents"]["dropped"] == {"duplicate_near": 2}
+
+
+def test_a_document_that_ties_two_splits_of_an_extended_corpus_is_dropped(
+    texts: Path, root: Path, tmp_path: Path
+) -> None:
+    words = [f"word{n}" for n in range(140)]
+    for name, part in (("train", words[:100]), ("test", words[40:])):
+        (texts / f"{name}.txt").write_text(" ".join(part))
+    clean = {"duplicate_near": {"drop": False, "threshold": 0.6}}
+    base = plain_build(root, {"path": str(texts)}, clean=clean)
+    assert base.documents["split"].to_pylist() == ["test", "train"]
+    more = tmp_path / "more"
+    more.mkdir()
+    (more / "bridge.txt").write_text(" ".join(words[20:120]))
+    (more / "other.txt").write_text(prose(5))
+    corpus = extended(root, base.digest, {"path": str(more)})
+    assert corpus.documents["path"].to_pylist() == ["test.txt", "train.txt", "other.txt"]
+
+
+def test_a_piece_is_never_taken_for_one_of_the_file_before(texts: Path, root: Path) -> None:
+    (texts / "a").mkdir()
+    (texts / "a" / "test.txt").write_text("held out")
+    (texts / "b.txt").write_bytes(b"\xff" + "".join(f"line {n} of b\n" for n in range(400)).encode())
+    corpus = plain_build(root, {"path": str(texts)}, clean={"max_document_bytes": 1_000})
+    rows = corpus.documents.to_pylist()
+    assert {row["split"] for row in rows if row["path"] == "b.txt"} == {"train"}
+    assert len(rows) > 4
+
+
+def test_a_file_whose_name_is_no_unicode_is_read(texts: Path, root: Path) -> None:
+    (texts / os.fsdecode(b"x\xfe.txt")).write_text("some text")
+    corpus = plain_build(root, {"path": str(texts)})
+    assert texts_of(corpus) == ["some text"]
+    assert corpus.documents["path"].to_pylist() == ["x\\xfe.txt"]
+
+
+def test_a_build_that_ends_while_it_clusters_goes_on_with_the_clustering(texts: Path, root: Path) -> None:
+    rows = [{"text": prose(n)} for n in range(40)]
+    (texts / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = corpus_recipe({"path": str(texts)}, clustering={"clusters": 2})
+    plain = assemble.build(recipe, root=root)
+
+    def dies(stage: str, done: int, total: int | None, note: str) -> None:
+        if "cluster" in stage:
+            raise Killed
+
+    other = root / "other"
+    with pytest.raises(Killed):
+        assemble.build(recipe, root=other, progress=dies)
+    assert len(list((other / "corpora").glob("build.*/parts/*"))) == 1
+    again = assemble.build(recipe, root=other)
+    assert again.digest == plain.digest
+    assert [p.name for p in (again.folder / "domains").iterdir()] == [
+        p.name for p in (plain.folder / "domains").iterdir()
+    ]
+    assert "clusterings" in json.loads((again.folder / "report.json").read_text())
+
+
+def test_an_extension_takes_over_evaluation_sets_or_says_that_they_changed(
+    texts: Path, root: Path, tmp_path: Path
+) -> None:
+    (texts / "rows.jsonl").write_text("".join(json.dumps({"text": prose(n)}) + "\n" for n in range(10)))
+    (tmp_path / "eval.txt").write_text(prose(99)[:150])
+    clean = {"decontamination": {"sets": [{"path": "eval.txt", "name": "planted"}]}}
+    recipe = corpus_recipe({"path": "texts"}, clean=clean)
+    base = assemble.build(recipe, root=root, near=tmp_path)
+    more = tmp_path / "elsewhere"
+    more.mkdir()
+    (more / "rows.jsonl").write_text("".join(json.dumps({"text": prose(n)}) + "\n" for n in (98, 99)))
+    section = {"name": "c", "extends": base.digest, "sources": [{"path": "rows.jsonl"}]}
+    corpus = assemble.build(validate(ExtendRecipe, section), root=root, near=more)
+    assert texts_of(corpus)[10:] == [prose(98)]
+    (tmp_path / "eval.txt").write_text(prose(97)[:150])
+    with pytest.raises(ConfigError, match="extends: its evaluation sets are not what they were"):
+        assemble.build(validate(ExtendRecipe, section), root=root, near=more)
 
 
 def test_pairs_are_one_document_of_two_texts(texts: Path, root: Path) -> None:
