@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 import reprlib
 from collections.abc import Callable
 from importlib import util
@@ -119,7 +120,8 @@ def config_error(error: ValidationError, model: type[BaseModel], place: str = ""
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
         return cause
-    path = [str(part) for part in first["loc"]]
+    # of a union pydantic names the member too, as in tokenizer.function-after[…].kind: no key of the user's
+    path = [str(part) for part in first["loc"] if not re.search(r"[\[(]", str(part))]
     where = ".".join(([place] if place else []) + path) or "recipe"
     if first["type"] == "extra_forbidden":
         fields = _fields_at(model, path[:-1])

@@ -230,6 +230,15 @@ class Judgement:
             found[self.units[unit].source].append(digest)
         return found
 
+    def by_source(self) -> list[dict[str, int]]:
+        """What was read of each source and is left of it."""
+        source = np.array([u.source for u in self.units], np.int64)
+        unit = self.rows["unit"].to_numpy()
+        read = source[unit[~self.rows["digest"].is_valid().to_numpy()]]
+        kept = source[unit[self.row_of[self.alive]]]
+        counts = (np.bincount(found, minlength=len(self.names)).tolist() for found in (read, kept))
+        return [{"in": num_in, "kept": num_kept} for num_in, num_kept in zip(*counts, strict=True)]
+
     def unreadable_sources(self) -> list[str]:
         """Names of sources of which no unit could be opened."""
         bad = self.rows.filter(pc.starts_with(pc.fill_null(self.rows["reason"], ""), "unreadable"))

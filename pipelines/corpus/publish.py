@@ -170,8 +170,17 @@ class _Publisher:
         present = [split for split in SPLITS if split in set(documents["split"].unique().to_pylist())]
         origins = [s.path or s.dataset for s in recipe.sources]
         sources = [
-            {"name": name, "origin": origin, "domain": s.domain or name, "licence": s.licence, "weight": s.weight}
-            for s, name, origin in zip(recipe.sources, build.listing.names, origins, strict=True)
+            {
+                "name": name,
+                "origin": origin,
+                "domain": s.domain or name,
+                "licence": s.licence,
+                "weight": s.weight,
+                "documents": documents_of,
+            }
+            for s, name, origin, documents_of in zip(
+                recipe.sources, build.listing.names, origins, judged.by_source(), strict=True
+            )
         ]
         num_base = base.documents.num_rows if base else 0
         by_domain = _by_domain(documents)
@@ -201,7 +210,9 @@ class _Publisher:
                 {"source": build.listing.names[i.source], "path": i.path, "reason": i.reason}
                 for i in build.listing.ignored[:1_000]
             ],
-            "num_ignored": len(build.listing.ignored),
+            "ignored_by_reason": dict(
+                sorted(Counter(i.reason.partition(":")[0] for i in build.listing.ignored).items())
+            ),
             "tokens": {s: sum(d["tokens"] for d in by_domain if d["split"] == s) for s in present},
             "bytes": {s: sum(d["bytes"] for d in by_domain if d["split"] == s) for s in present},
             "domains": by_domain,
