@@ -23,8 +23,9 @@ def train(
     """
     over = over_ray(recipe.workers)
     tokenizer = assemble.train_tokenizer(recipe, root=root, near=near, over=over, progress=progress)
-    place = tokenizer.save(root)
-    artefacts.point(root / "tokenizers" / "names" / recipe.name, place)
+    with artefacts.shared_lock(root):  # so that `ulm gc` never sees it without its name
+        place = tokenizer.save(root)
+        artefacts.point(root / "tokenizers" / "names" / recipe.name, place)
     return {"tokenizer": str(place), "digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size}
 
 

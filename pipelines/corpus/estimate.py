@@ -19,6 +19,7 @@ from ulm.recipes.corpus import CorpusRecipe
 SAMPLE_BYTES = 8_000_000  # of the sources, in units spread evenly over them
 TOKENIZER_BYTES = 2_000_000  # of the sample's text that a trial tokenizer is trained on
 RAY_BYTES = 700_000_000  # resident memory of Ray's own processes on a node, seen with Ray 2.60
+START_S = 10.0  # that Ray and its workers take to start on a small machine
 WRITE_BYTES_PER_S = 200_000_000  # copying, hashing and syncing tokens, a cautious figure for one disk
 
 
@@ -77,7 +78,7 @@ def plan(recipe: CorpusRecipe, *, root: Path, near: Path | None = None) -> dict[
         "documents": int(account["documents"] * scale),
         "tokens": num_tokens,
         "seconds": round(
-            (clean_s + tokenize_s) * scale / workers + train_s + token_bytes * scale / WRITE_BYTES_PER_S, 1
+            START_S + (clean_s + tokenize_s) * scale / workers + train_s + token_bytes * scale / WRITE_BYTES_PER_S, 1
         ),
         "memory_bytes": RAY_BYTES + (workers + 1) * runtime.rss_bytes(),
         "disk_bytes": int((part_bytes + 2 * token_bytes) * scale),

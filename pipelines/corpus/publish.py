@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -66,15 +67,16 @@ class _Publisher:
             _link(base.folder / name, self.folder / name)  # type: ignore[union-attr]
         manifest["files"] = artefacts.digest_files(self.folder)
         place = root / "corpora" / digest
-        _remove_damaged(place)
-        if not place.is_dir():
-            with artefacts.new_folder(place) as partial:
-                for file in sorted(self.folder.iterdir()):
-                    os.rename(file, partial / file.name)
-                manifest["padding"] = self._padding(partial, manifest)
-                write_report(partial, manifest)
-                artefacts.write_json(partial / "manifest.json", manifest)
-        artefacts.point(root / "corpora" / "names" / self.build.recipe.name, place)
+        with artefacts.shared_lock(root):  # so that `ulm gc` never sees it without its name
+            _remove_damaged(place)
+            if not place.is_dir():
+                with artefacts.new_folder(place) as partial:
+                    for file in sorted(self.folder.iterdir()):
+                        os.rename(file, partial / file.name)
+                    manifest["padding"] = self._padding(partial, manifest)
+                    write_report(partial, manifest)
+                    artefacts.write_json(partial / "manifest.json", manifest)
+            artefacts.point(root / "corpora" / "names" / self.build.recipe.name, place)
         return Corpus.read(place, verify=False)
 
     def _write_shards(self, parts: Sequence[Path]) -> pa.Table:
@@ -211,7 +213,7 @@ class _Publisher:
                 for i in build.listing.ignored[:1_000]
             ],
             "ignored_by_reason": dict(
-                sorted(Counter(i.reason.partition(":")[0] for i in build.listing.ignored).items())
+                sorted(Counter(re.split(":| as ", i.reason)[0] for i in build.listing.ignored).items())
             ),
             "tokens": {s: sum(d["tokens"] for d in by_domain if d["split"] == s) for s in present},
             "bytes": {s: sum(d["bytes"] for d in by_domain if d["split"] == s) for s in present},

@@ -30,7 +30,7 @@ from pipelines.corpus.tokens import find_tokenizer, make_tokenizer, stored_token
 from ulm import artefacts
 from ulm.corpus.manifest import Corpus
 from ulm.errors import ConfigError, CorpusError, UlmError
-from ulm.recipes.corpus import Clean, CorpusRecipe, ExtendRecipe, Source, Split, TokenizerRecipe, TokenizerSection
+from ulm.recipes.corpus import CorpusRecipe, ExtendRecipe, Source, TokenizerRecipe, TokenizerSection
 from ulm.tokenizers.chat import CHAT_TEMPLATE
 from ulm.tokenizers.tokenizer import Tokenizer, check_section
 
@@ -60,17 +60,20 @@ class Build:
             self.tokenizer = self.base.tokenizer
         elif isinstance(recipe.tokenizer, str):
             self.tokenizer = find_tokenizer(recipe.tokenizer, root=root, near=near)  # before the work, not after it
-        settings = self.base.manifest if self.base else {}
-        self.clean = recipe.clean or Clean(**settings["clean"])
-        self.split = recipe.split or Split(**settings["split"])
+        if recipe.clean is None or recipe.split is None:
+            assert self.base is not None
+            clean, split = self.base.settings()
+            self.clean, self.split = recipe.clean or clean, recipe.split or split
+        else:
+            self.clean, self.split = recipe.clean, recipe.split
         self._check_settings()
         self.ngrams: NgramIndex | None = None
         if self.clean.decontamination is not None:
             with self.timed("evaluation sets"):
                 place = "clean.decontamination"
                 self.ngrams = NgramIndex.build(self.clean.decontamination, near=near, root=root, place=place)
-            theirs = self.base.manifest["content"]["clean"].get("decontamination") if self.base else None
-            if recipe.clean is None and theirs and theirs["ngrams"] != self.ngrams.digest:
+            theirs = self.base.manifest["content"].get("clean", {}).get("decontamination") if self.base else None
+            if recipe.clean is None and theirs and theirs.get("ngrams") != self.ngrams.digest:
                 problem = "its evaluation sets are not what they were when it was built"
                 raise ConfigError("extends", problem, "put them back, or state clean in this recipe")
         with self.timed("list"):
@@ -191,7 +194,7 @@ class Build:
             if any(identity.startswith(given) for identity in theirs):
                 remedy = "build that corpus without it"
                 raise ConfigError(f"exclude.{number}", f"{given} is in the corpus that is extended", remedy)
-        return list(self.base.manifest["content"]["exclude"])
+        return list(self.base.manifest["content"].get("exclude", []))
 
     def _base(self) -> Base:
         """Fingerprints of the corpus that is extended: its shards hold its text."""

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -74,8 +75,12 @@ def test_of_two_writers_of_the_same_artefact_the_first_stays(root: Path) -> None
 
 
 def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match="no file of this folder"):
-        artefacts.verify_files(tmp_path, {"../secret": "0" * 64})
+    for name in ("../secret", "/etc/hostname", "..", ".", ""):
+        with pytest.raises(ArtefactError, match="no file of this folder"):
+            artefacts.verify_files(tmp_path, {name: "0" * 64})
+    for name in ("x" * 5_000, "a\0b", "absent"):
+        with pytest.raises(ArtefactError, match="missing"):
+            artefacts.verify_files(tmp_path, {name: "0" * 64})
 
 
 def test_a_manifest_of_another_version_or_without_end_is_refused(tmp_path: Path) -> None:
@@ -85,6 +90,34 @@ def test_a_manifest_of_another_version_or_without_end_is_refused(tmp_path: Path)
     (tmp_path / "manifest.json").write_text("[" * 100_000)
     with pytest.raises(ArtefactError, match="not a readable manifest"):
         artefacts.read_manifest(tmp_path, "corpus")
+
+
+def test_a_name_that_looks_half_written_is_refused(root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"name: 'mine\.partial' ends as what is half-written does"):
+        artefacts.point(root / "names" / "mine.partial", root)
+    assert not (root / "names").exists()
+
+
+def test_the_exclusive_lock_waits_for_the_shared_ones(root: Path) -> None:
+    order = []
+
+    def remove() -> None:
+        with artefacts.exclusive_lock(root):
+            order.append("removed")
+
+    with artefacts.shared_lock(root), artefacts.shared_lock(root):
+        thread = threading.Thread(target=remove)
+        thread.start()
+        thread.join(0.2)
+        order.append("pointed")
+    thread.join()
+    assert order == ["pointed", "removed"]
+
+
+def test_a_lock_that_cannot_be_had_is_named(root: Path) -> None:
+    (root / ".lock").mkdir(parents=True)
+    with pytest.raises(ArtefactError, match=r"\.lock: cannot be opened"), artefacts.exclusive_lock(root):
+        pass
 
 
 def test_names_are_replaced_atomically(root: Path) -> None:

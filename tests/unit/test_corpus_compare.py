@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
@@ -45,6 +46,19 @@ def test_what_was_added_removed_and_moved_is_counted(root: Path) -> None:
     shares = [found["domains"]["law"][side]["share"] for side in "ab"]
     assert shares == pytest.approx([25 / 41, 25 / 75])
     assert diff(b, a)["documents"]["added_examples"] == ["verse/2"]
+
+
+def test_an_id_that_stands_twice_is_two_documents(root: Path) -> None:
+    def with_ids(name: str, *ids: str) -> Corpus:
+        corpus = write_corpus(root, [("d", "train", text) for text in ids], name=name)
+        corpus.documents = corpus.documents.set_column(0, "id", pa.array(ids))
+        return corpus
+
+    a, b = with_ids("a", "x", "x-2"), with_ids("b", "x", "x-2", "x-2", "y")
+    found = diff(a, b)["documents"]
+    assert (found["common"], found["added"], found["added_examples"]) == (2, 2, ["x-2", "y"])
+    found = diff(b, a)["documents"]
+    assert (found["common"], found["removed"], found["removed_examples"]) == (2, 2, ["x-2", "y"])
 
 
 def test_vocabularies_are_compared_by_their_tokens(root: Path) -> None:
@@ -202,6 +216,10 @@ def test_what_cannot_be_read_is_named_and_hides_nothing(root: Path) -> None:
     found = models_that_saw(FIRST, root)
     assert set(how_seen(found)) == {"whole"}
     assert ["of-a-lost-cluster" in line or "torn" in line for line in found["unreadable"]] == [True, True]
+    save_run(root, "odd", corpus)
+    artefacts.write_json(root / "runs" / "odd" / "task.json", {"documents": None, "train": []})
+    found = models_that_saw(FIRST, root)
+    assert set(how_seen(found)) == {"whole"} and any("runs/odd" in line for line in found["unreadable"])
 
 
 def ulm(*words: str) -> Any:
@@ -220,6 +238,10 @@ def test_the_command_line_shows_and_compares(root: Path) -> None:
     assert found["text"] == "[bold]\x1b[2Jx" and "[bold]" in said and "\x1b[2J" not in said
     found, said = ulm("corpus", "show", "a")
     assert found["tokens"] == {"train": 35, "val": 6} and "train 35, val 6" in said
+    artefacts.point(root / "corpora" / "names" / "other", Corpus.open("a", root=root).folder)
+    found, said = ulm("corpus", "show", "other")
+    assert found["name"] == "other" and "other" in said
+    (root / "corpora" / "names" / "other").unlink()
     found, said = ulm("corpus", "list")
     assert [row["name"] for row in found["corpora"]] == ["a", "b"]
     assert found["corpora"][1]["bytes"] == sum(file.stat().st_size for file in b.folder.iterdir())

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.plain_build import plain_build, texts_of
+from tests.written_corpus import write_corpus
+from ulm import artefacts
 from ulm.corpus.manifest import DOCUMENT_COLUMNS, Corpus, ShardReader, token_dtype
 from ulm.errors import ArtefactError, ConfigError
+from ulm.recipes.corpus import Clean, GopherRepetition, Split
 from ulm.tokenizers.bpe import train_bpe
 from ulm.tokenizers.byte import byte_tokenizer
 
@@ -123,6 +129,124 @@ def test_a_changed_manifest_is_refused(root: Path, folder: Path) -> None:
     path.write_text(json.dumps(manifest))
     with pytest.raises(ArtefactError, match=r"manifest\.json: its content does not match its digest"):
         Corpus.open("c", root=root)
+
+
+def forge(corpus: Corpus, place: Path, key: tuple[str | int, ...], value: object) -> Path:
+    """A copy of the corpus whose manifest has another value (None: none) at a key, and a digest that fits."""
+    shutil.copytree(corpus.folder, place)
+    manifest = json.loads((place / "manifest.json").read_text())
+    inner = manifest
+    *way, last = key
+    for part in way:
+        inner = inner[part]
+    if value is None:
+        del inner[last]
+    else:
+        inner[last] = value
+    manifest["digest"] = artefacts.digest_json(manifest["content"])
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    return place
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        (("content",), [], "content"),
+        (("content", "shards"), None, "content.shards"),
+        (("content", "shards", "../../../victim"), "0" * 64, "content.shards"),
+        (("content", "shards", "train-00000.bin"), "0" * 64, "files.train-00000.bin"),
+        (("content", "clean"), [], "content.clean"),
+        (("shards",), {"train": 5}, "shards.train"),
+        (("shards", "train"), ["/etc/hostname"], "shards.train"),
+        (("shards", "train"), ["../train-00000.bin"], "shards.train"),
+        (("shards", "train"), ["train-00000.bin\n"], "shards.train"),
+        (("shards", "train"), [], "content.shards"),
+        (("shards", "../x"), [], "shards.../x"),
+        (("files",), [1], "files"),
+        (("files", "train-00000.bin"), None, "files.train-00000.bin"),
+        (("files", "documents.parquet"), None, "files.documents.parquet"),
+        (("tokens",), "x", "tokens"),
+        (("tokens", "train"), 1, "tokens.train"),
+        (("tokens", "train"), True, "tokens.train"),
+        (("dtype",), "O", "dtype"),
+        (("name",), 5, "name"),
+        (("sources",), [1], "sources.0"),
+        (("sources",), [], "content.sources"),
+        (("sources", 0, "weight"), "1", "sources.0.weight"),
+        (("clean",), [], "clean"),
+        (("split",), 1, "split"),
+        (("stages",), [{"stage": "read"}], "stages.0.in"),
+        (("created",), 1, "created"),
+        (("documents",), {"in": 1}, "documents.kept"),
+    ],
+)
+def test_a_foreign_manifest_is_refused_by_the_key_that_is_wrong(
+    root: Path, tmp_path: Path, key: tuple[str | int, ...], value: object, named: str
+) -> None:
+    place = forge(write_corpus(root, [("d", "train", "some text")]), tmp_path / "foreign", key, value)
+    with pytest.raises(ArtefactError, match=rf"manifest\.json: (not the .*corpus: )?{re.escape(named)}\b"):
+        Corpus.read(place, verify=False)
+
+
+def test_half_a_surrogate_pair_in_a_manifest_is_refused(root: Path, tmp_path: Path) -> None:
+    place = forge(write_corpus(root, [("d", "train", "some text")]), tmp_path / "foreign", ("more",), "\ud800")
+    with pytest.raises(ArtefactError, match=r"manifest\.json: not a readable manifest"):
+        Corpus.read(place)
+
+
+def test_a_shard_that_is_a_link_or_has_another_size_is_refused(root: Path, folder: Path) -> None:
+    shard = plain_build(root, {"path": str(folder)}).folder / "train-00000.bin"
+    raw = shard.read_bytes()
+    shard.rename(root / "away.bin")
+    shard.symlink_to(root / "away.bin")
+    with pytest.raises(ArtefactError, match=r"train-00000\.bin: not a file but a link"):
+        Corpus.open("c", root=root)
+    shard.unlink()
+    for content, named in ((b"", "0 bytes are no shard"), (raw[:-1], "are no shard"), (raw[:-2], "tokens.train: says")):
+        shard.write_bytes(content)
+        with pytest.raises(ArtefactError, match=named):
+            Corpus.open("c", root=root, verify=False)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "problem"),
+    [
+        ("split", "other", "has documents that its shards do not"),
+        ("first_token", -1, "has documents that its shards do not"),
+        ("num_tokens", 2**62, "has documents that its shards do not"),
+        ("num_source_tokens", 2**62, "has documents that its shards do not"),
+        ("id", None, "has documents that its shards do not"),
+        ("offset", "x", "not readable"),
+        ("path", ..., "not readable"),
+    ],
+)
+def test_documents_that_are_in_no_shard_are_refused(root: Path, column: str, value: object, problem: str) -> None:
+    corpus = write_corpus(root, [("d", "train", "some text")], name="c")
+    table = pq.read_table(corpus.folder / "documents.parquet")
+    number = table.column_names.index(column)
+    table = table.remove_column(number)
+    if value is not ...:
+        table = table.add_column(number, column, pa.array([value] * table.num_rows))
+    pq.write_table(table, corpus.folder / "documents.parquet")
+    with pytest.raises(ArtefactError, match=rf"documents\.parquet: {problem}"):
+        assert Corpus.open("c", root=root, verify=False).documents
+
+
+def test_a_corpus_knows_its_settings_or_says_that_it_does_not(root: Path, folder: Path, tmp_path: Path) -> None:
+    corpus = plain_build(root, {"path": str(folder)}, clean={"gopher_repetition": True, "nfc": False}, split={"val": 0})
+    clean, split = Corpus.read(corpus.folder).settings()
+    assert (clean, split) == (Clean(gopher_repetition=GopherRepetition(), nfc=False), Split(val=0))
+    for key, value in (("clean", None), ("clean.stage_of_later", 1), ("split", None), ("split.val", 2.0)):
+        place = forge(corpus, tmp_path / key, tuple(key.split(".")), value)
+        with pytest.raises(ArtefactError, match=rf"manifest\.json: {key}: "):
+            Corpus.read(place).settings()
+
+
+def test_a_corpus_has_the_name_it_is_asked_for_by(root: Path, folder: Path) -> None:
+    for name in ("first", "second"):
+        plain_build(root, {"path": str(folder)}, name=name)
+    digest = Corpus.open("second", root=root).digest
+    assert [Corpus.open(text, root=root).name for text in ("first", "second", digest)] == ["first", "second", "first"]
 
 
 def test_building_again_keeps_a_whole_corpus_and_replaces_a_damaged_one(root: Path, folder: Path) -> None:

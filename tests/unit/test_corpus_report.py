@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Mapping
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.corpus.report.figures import corpus_figures, write_report
-from pipelines.corpus.report.html import text
+from pipelines.corpus.report.html import counted, text
+from pipelines.corpus.report.plots import cluster_size_plot
 from tests.written_corpus import write_corpus
 from ulm import artefacts
 from ulm.corpus.manifest import REPORTS
@@ -84,7 +87,14 @@ def page_of(folder: Path, manifest: dict[str, Any]) -> str:
     return (folder / REPORTS[0]).read_text(encoding="utf-8")
 
 
-def clustering(folder: Path, name: str = "ef" * 32, **changes: Any) -> None:
+def section_of(page: str, heading: str) -> str:
+    """What a reader sees of one section, a space between its cells and lines."""
+    section = page.partition(f"<h2>{heading}</h2>")[2].partition("<h2>")[0]
+    return " ".join(unescape(re.sub("<[^>]*>", " ", section)).split())
+
+
+def clustering(folder: Path, name: str = "ef" * 32, found: Mapping[str, Any] | None = None, **changes: Any) -> None:
+    """Write a clustering of one cluster; `found` is how it was found."""
     cluster = {
         "domain": "prose",
         "domains": {"prose": 30, "code": 10},
@@ -96,7 +106,13 @@ def clustering(folder: Path, name: str = "ef" * 32, **changes: Any) -> None:
     }
     place = folder / "domains" / name
     place.mkdir(parents=True)
-    fields = {"digest": place.name, "kind": "tf-idf", "config": {}, "agreement": {"nmi": 0.5, "purity": 0.75}}
+    fields = {
+        "digest": place.name,
+        "kind": "tf-idf",
+        "config": {},
+        "agreement": {"nmi": 0.5, "purity": 0.75},
+        **(found or {}),
+    }
     artefacts.write_json(place / "manifest.json", {"format_version": 1, **fields, "clusters": [cluster]})
 
 
@@ -225,3 +241,98 @@ def test_a_corpus_without_anything_dropped_or_clustered_has_a_page_too(folder: P
     )
     page = page_of(folder, bare)
     assert "Near duplicates" not in page and "<h2>Dropped" in page and "<h2>Clusters" not in page
+
+
+def test_files_not_read_are_counted_by_reason_and_some_are_named(folder: Path) -> None:
+    files = [{"source": "s", "path": f"{n}.exe", "reason": "unknown_format"} for n in range(150)]
+    page = page_of(folder, manifest_of(ignored=files, ignored_by_reason={"link": 1, "unknown_format": 1_400}))
+    assert "1,401 files not read: unknown_format 1,400, link 1 (the first 100 below)" in section_of(page, "Dropped")
+    assert "99.exe" in page and "100.exe" not in page
+    page = page_of(folder, manifest_of(ignored=files[:1], ignored_by_reason={"unknown_format": 1}))
+    assert "1 file not read: unknown_format 1 source path" in section_of(page, "Dropped")
+    assert "Files not read (the first 1)" in section_of(page_of(folder, manifest_of()), "Dropped")  # none counted
+
+
+def test_a_source_that_gave_nothing_is_shown_with_what_was_read_of_it(folder: Path) -> None:
+    given = {"origin": "-", "domain": "prose", "licence": "MIT", "weight": 1.0}
+    sources = [
+        {**given, "name": "empty", "documents": {"in": 3_000, "kept": 0}},
+        {**given, "name": "prose", "documents": {"in": 7, "kept": 4}},
+        {**given, "name": "code"},  # of a corpus that was extended, from before they were counted
+    ]
+    page = page_of(folder, manifest_of(sources=sources))
+    shown = section_of(page, "Domains").partition("Sources")[2].partition("Licences")[0]
+    assert shown.split(" per token ") == [
+        " Nothing is left of 1 of 3 sources. source in kept tokens of tokens text bytes",
+        "prose 7 4 2,215 92.4 % 2.2 kB 1.00 code – 2 181 7.6 % 181 B 1.00 empty 3,000 0 0 0.0 % 0 B – ",
+    ]
+    rows = {row["source"]: row["in"] for row in json.loads((folder / REPORTS[1]).read_text())["sources"]}
+    assert rows == {"prose": 7, "code": None, "empty": 3_000}
+    whole = [{**given, "name": name, "documents": {"in": n, "kept": n}} for name, n in (("prose", 4), ("code", 2))]
+    page = page_of(folder, manifest_of(sources=whole))
+    assert "Sources" not in section_of(page, "Domains")  # the domains say it all
+
+
+def test_bars_of_what_was_dropped_are_shares_of_all_documents(folder: Path) -> None:
+    page = page_of(folder, manifest_of())
+    dropped = page.partition("<h2>Dropped</h2>")[2].partition("</table>")[0]
+    assert re.findall(r"width:([\d.]+)%", dropped) == ["22.22", "11.11"]  # 2 and 1 of 9
+
+
+def test_a_stage_for_some_documents_alone_is_no_collapse(folder: Path) -> None:
+    stages = [
+        stage("read", 3_763, bad_json=3),
+        stage("html", 4, 3, no_text=1),
+        stage("characters", 3_759, too_short=9),
+    ]
+    page = page_of(folder, manifest_of(stages=stages))
+    assert "html 3,759 saw 4 of 3,760 1 3 1.5 s no_text 1 characters 3,750 9 1.5 s" in section_of(page, "Stages")
+    drawn = page.partition("<h2>Stages</h2>")[2].partition("</table>")[0]
+    assert re.findall(r"width:([\d.]+)%", drawn) == ["99.92", "0.08", "99.65", "0.24"]  # of 3,763; none for html
+
+
+def test_the_stages_of_an_extension_say_of_which_documents_they_are(folder: Path) -> None:
+    assert "In the order they ran: documents left" in section_of(page_of(folder, manifest_of()), "Stages")
+    base = {"digest": "12" * 32, "name": "b", "documents": 20}
+    page = page_of(folder, manifest_of(base=base, documents={"in": 29, "kept": 26}))
+    assert "ran, of the 9 documents that this version adds: documents left" in section_of(page, "Stages")
+    assert "of those added duplicate_near 2 22.22 % too_short 1 11.11 %" in section_of(page, "Dropped")
+
+
+def test_a_clustering_says_how_its_number_was_chosen_and_what_is_in_no_cluster(folder: Path) -> None:
+    tried = [{"num_clusters": 2, "score": 0.6062}, {"num_clusters": 12, "score": 0.5111}]
+    choice = {"criterion": "simplified silhouette", "documents": 44, "tried": tried, "best": 2}
+    clustering(folder, found={"choice": choice, "merged": 1})
+    shown = section_of(page_of(folder, manifest_of()), "Clusters")
+    assert shown.startswith("1 cluster, tf-idf efefefefefef ")
+    assert "Their number was chosen by simplified silhouette: 0.606 for 2, 0.511 for 12." in shown
+    assert "1 cluster too small, merged into the nearest." in shown
+    assert "2 documents without a word of the vocabulary belong to none." in shown  # six less the cluster's four
+    clustering(folder, "fe" * 32, found={"choice": {**choice, "tried": []}, "merged": 0}, documents=5)
+    shown = section_of(page_of(folder, manifest_of()), "Clusters").partition("fefefefefefe")[2]
+    assert "There were too few documents to choose their number." in shown and "merged" not in shown
+    assert "1 document without a word of the vocabulary belongs to none." in shown
+
+
+def test_one_of_a_thing_is_said_in_the_singular(folder: Path) -> None:
+    assert [counted(n, "cluster") for n in (0, 1, 2_000)] == ["0 clusters", "1 cluster", "2,000 clusters"]
+    near = {"clusters": 1, "documents": 2, "dropped": 1, "sizes": {"2": 1}, "largest": []}
+    page = page_of(folder, manifest_of(near_duplicates=near, cut={"documents": 1, "pieces_added": 1}))
+    shown = section_of(page, "Near duplicates")
+    assert shown.startswith("1 cluster of 2 documents that are nearly the same; 1 document dropped.")
+    assert "1 long document cut, which made 1 document more." in section_of(page, "Dropped")
+    assert text("abc", 2).endswith("… 1 more character</span>")
+
+
+@pytest.mark.parametrize(
+    ("largest", "labels"),
+    [
+        (4, ["2", "3", "5", "10", "20"]),
+        (300, ["2", "3", "5", "10", "20", "30", "50", "100", "200", "300"]),
+        (50_000, ["2", "3", "10", "30", "100", "300", "1k", "3k", "10k", "30k"]),
+    ],
+)
+def test_the_axis_of_near_duplicates_names_size_two(largest: int, labels: list[str]) -> None:
+    drawn = cluster_size_plot({"2": 39, str(largest): 2})
+    words = re.findall(r"<text[^>]*>([^<]*)</text>", drawn)
+    assert words[: words.index("documents of a cluster")] == labels

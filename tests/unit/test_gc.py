@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from tests.written_corpus import write_corpus
 from ulm import artefacts
+from ulm.cli import console
 from ulm.cli.main import app
 from ulm.corpus.manifest import Corpus
 from ulm.errors import ArtefactError
@@ -141,7 +143,7 @@ def test_what_stopped_writers_left_goes_when_it_is_old_and_nobody_holds_it(root:
     with (root / "corpora/build.x.partial/lock").open("r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert unused(root) == {"tokenizers/t.partial", "swarms/s.partial", "corpora/names/.n.x.partial"}
-        assert not remove(Unused(root / "corpora/build.x.partial", 0, ""))
+        assert remove(root, [Unused(root.resolve() / "corpora/build.x.partial", 0, "")]) == []
         assert (root / "corpora/build.x.partial/half").is_file()
     assert len(gc("--yes")["removed"]) == 4
     assert unused(root) == set() and not (root / "corpora/build.x.partial").exists()
@@ -225,6 +227,42 @@ def test_what_found_a_use_while_the_question_stood_stays(root: Path, monkeypatch
 
     monkeypatch.setattr("ulm.cli.gc._confirmed", answer)
     assert gc()["removed"] == [] and nameless.folder.is_dir()
+
+
+def test_what_got_a_name_after_it_was_found_unused_stays(root: Path) -> None:
+    one, two = corpus(root, "one", named=False), corpus(root, "two", named=False)
+    found = survey(root).unused
+    artefacts.point(root.joinpath(*NAMES, "again"), one.folder)
+    assert [item.path.name for item in remove(root, found)] == [two.digest]
+    assert Corpus.open("again", root=root).digest == one.digest and not two.folder.exists()
+
+
+def test_a_builder_that_finds_its_corpus_built_has_the_time_to_name_it(root: Path) -> None:
+    found = corpus(root, "found", named=False)
+    items, gone = survey(root).unused, []
+    with artefacts.shared_lock(root):
+        thread = threading.Thread(target=lambda: gone.extend(remove(root, items)))
+        thread.start()
+        thread.join(0.2)
+        assert found.folder.is_dir()
+        artefacts.point(root.joinpath(*NAMES, "found"), found.folder)
+    thread.join()
+    assert gone == [] and Corpus.open("found", root=root).digest == found.digest
+
+
+def test_file_names_on_the_terminal_command_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "corpora/\x1b[2J\x9b2J\x7f\u202e\udcff.partial"
+    partial(root, name)
+    done = CliRunner().invoke(app, ["gc", "--dry-run"], catch_exceptions=False)
+    [found] = json.loads(done.stdout)["found"]
+    assert found["path"] == str(root.resolve() / name)
+    assert not any(c in done.stdout + done.stderr for c in "\x1b\x9b\x7f\u202e\udcff")
+
+    def fail() -> None:
+        raise ArtefactError(name)
+
+    assert console.run(fail) == 1
+    assert capsys.readouterr().err == "error corpora/\ufffd[2J\ufffd2J\ufffd\ufffd\ufffd.partial\n"
 
 
 def test_an_empty_root_has_nothing_to_remove(root: Path) -> None:

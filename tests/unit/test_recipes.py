@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ulm.errors import ConfigError
-from ulm.recipes import load_recipe
-from ulm.recipes.base import resolve_path
+from ulm.recipes import CorpusRecipe, load_recipe
+from ulm.recipes.base import resolve_path, validate
 
 TRAIN = "corpus: stories\ntrain: {steps: 30}\n"
 
@@ -119,3 +119,16 @@ def test_a_small_file_that_unfolds_to_a_huge_value_is_answered_briefly(tmp_path)
     with pytest.raises(ConfigError) as caught:
         load_recipe("train", written(tmp_path, "\n".join([*levels, "corpus: *a11", "train: {steps: 1}"])))
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"vocabsize": 5}, "tokenizer.vocabsize: unknown key (did you mean 'vocab_size'?)"),
+        ({"kind": "bpee"}, "tokenizer.kind: 'bpee': Input should be 'byte', 'char' or 'bpe'"),
+    ],
+)
+def test_a_mistake_in_one_form_of_a_section_is_placed_by_its_keys_alone(section: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        validate(CorpusRecipe, {"name": "x", "sources": [{"path": "a"}], "tokenizer": section})
+    assert str(error.value) == said

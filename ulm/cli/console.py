@@ -26,8 +26,16 @@ class Terminated(BaseException):
 def finish(value: dict[str, Any], out: TextIO | None = None) -> None:
     """Print the result as the last line of stdout; `out` is stdout as it was, where it is redirected meanwhile."""
     out = out or sys.stdout
-    out.write(json.dumps(value, ensure_ascii=False) + "\n")
+    line = json.dumps(value, ensure_ascii=False)
+    if not line.isprintable():  # json leaves some of what commands a terminal as it is
+        line = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
+    out.write(line + "\n")
     out.flush()
+
+
+def printable(text: str) -> str:
+    """Text without characters that would command the terminal or turn the reading direction."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def finish_job(result: dict[str, Any], out: TextIO | None = None) -> None:
@@ -67,7 +75,7 @@ def run(command: Callable[[], None]) -> int:
 
 def _say(error: UlmError, code: int) -> int:
     err.print("[bold red]error[/]", end=" ")
-    err.print(str(error), markup=False, soft_wrap=True)
+    err.print(printable(str(error)), markup=False, soft_wrap=True)
     return code
 
 

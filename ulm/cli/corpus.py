@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.filesize import decimal
@@ -14,10 +14,13 @@ from ulm.cli import console
 from ulm.cli.cluster import session
 from ulm.cli.corpus_tables import comparison, document, plan, right, summary, token_place
 from ulm.cli.options import Address, Overrides, Recipe
-from ulm.errors import ConfigError
+from ulm.errors import ArtefactError, ConfigError
 from ulm.gc import tree_bytes
 from ulm.recipes import CorpusRecipe, ExtendRecipe, TokenizerRecipe, load_recipe
 from ulm.recipes.corpus import Clean
+
+if TYPE_CHECKING:
+    from ulm.corpus.manifest import Corpus
 
 EXCERPT_CHARS = 500  # of a document that is shown
 corpus = typer.Typer(help="Assemble, extend, compare, show and verify corpora.", no_args_is_help=True)
@@ -53,11 +56,13 @@ def build(
         console.finish(planned)
         return
     from pipelines.corpus import job, sources
+    from ulm.corpus.manifest import Corpus
 
     max_bytes = loaded.clean.max_document_bytes
     sources.list_sources(loaded.sources, near=recipe.parent, root=root, max_bytes=max_bytes)  # errors before Ray starts
     with session(root, address), console.bars() as bars:
         result = job.build(loaded, root=root, near=recipe.parent, progress=bars.update)
+    _tell(Corpus.open(result["digest"], root=root, verify=False))
     console.finish(result)
 
 
@@ -70,11 +75,13 @@ def extend(recipe: Recipe, overrides: Overrides = [], address: Address = None) -
     loaded = cast(ExtendRecipe, load_recipe("corpus extend", recipe, overrides))
     root = runtime.root()
     from pipelines.corpus import job, sources
+    from ulm.corpus.manifest import Corpus
 
     max_bytes = (loaded.clean or Clean()).max_document_bytes
     sources.list_sources(loaded.sources, near=recipe.parent, root=root, max_bytes=max_bytes)
     with session(root, address), console.bars() as bars:
         result = job.build(loaded, root=root, near=recipe.parent, progress=bars.update)
+    _tell(Corpus.open(result["digest"], root=root, verify=False))
     console.finish(result)
 
 
@@ -90,8 +97,14 @@ def list_() -> None:
     found = []
     table = Table("name", "digest", *right("documents", "tokens", "on disk"), "created")
     for name in artefacts.names(root / "corpora" / "names"):
-        corpus = Corpus.open(name, root=root, verify=False)
-        kept = corpus.manifest.get("documents", {}).get("kept")
+        try:
+            corpus = Corpus.open(name, root=root, verify=False)
+        except ArtefactError as error:  # the others are to be seen all the same
+            found.append({"name": name, "error": str(error)})
+            table.add_row(*(Text(console.printable(cell)) for cell in (name, "damaged", "", "", "", "")))
+            console.err.print(console.printable(str(error)), markup=False, soft_wrap=True)
+            continue
+        kept = (corpus.manifest.get("documents") or {}).get("kept")
         row: dict[str, Any] = {
             "name": name,
             "digest": corpus.digest,
@@ -102,7 +115,9 @@ def list_() -> None:
         }
         found.append(row)
         cells = [f"{kept or 0:,}", f"{sum(row['tokens'].values()):,}", decimal(row["bytes"])]
-        table.add_row(Text(name), row["digest"][:12], *cells, row["created"] or "")
+        table.add_row(
+            *(Text(console.printable(cell)) for cell in (name, row["digest"][:12], *cells, row["created"] or ""))
+        )
     if found:
         console.err.print(table)
     console.finish({"corpora": found})
@@ -120,12 +135,12 @@ def show(
         typer.Option("--token", metavar="SPLIT:NUMBER", help="A stored token, from 0: its document and file."),
     ] = None,
 ) -> None:
-    """A corpus's manifest and where its report is; or one document; or where one token comes from.
+    """A corpus's figures and where its report is; or one document; or where one token comes from.
 
     Example: ulm corpus show mine --token train:12345
     """
     from ulm.corpus import lineage
-    from ulm.corpus.manifest import REPORTS, Corpus
+    from ulm.corpus.manifest import Corpus
 
     root = runtime.root()
     corpus = Corpus.open(name, root=root, verify=False)
@@ -142,11 +157,20 @@ def show(
         found = {"row": row, "document": about, "text": excerpt, **lineage.models_that_saw(about["id"], root)}
         console.err.print(document(found))
     else:
-        found = corpus.manifest
-        console.err.print(summary(corpus))
-        report = corpus.folder / REPORTS[0]
-        console.err.print(str(report) if report.is_file() else "no report", markup=False, soft_wrap=True)
+        lists = {"dropped", "ignored", "samples"}  # of single files and texts: in manifest.json
+        found = {key: value for key, value in corpus.manifest.items() if key not in lists} | {"name": corpus.name}
+        _tell(corpus)
     console.finish({"corpus": str(corpus.folder), **found})
+
+
+def _tell(corpus: Corpus) -> None:
+    """A corpus in a few lines, and where its report is."""
+    from ulm.corpus.manifest import REPORTS
+
+    console.err.print(summary(corpus))
+    report = corpus.folder / REPORTS[0]
+    shown = console.printable(str(report)) if report.is_file() else "no report"
+    console.err.print(shown, markup=False, soft_wrap=True)
 
 
 def _parse_token(text: str) -> tuple[str, int]:

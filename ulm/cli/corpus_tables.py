@@ -9,6 +9,8 @@ from rich.filesize import decimal
 from rich.table import Column, Table
 from rich.text import Text
 
+from ulm.cli.console import printable
+
 if TYPE_CHECKING:
     from ulm.corpus.manifest import Corpus
 
@@ -40,6 +42,8 @@ def summary(corpus: Corpus) -> RenderableType:
         rows["documents"] = f"{documents['kept']:,} of {documents['in']:,}"
     rows["tokens"] = ", ".join(f"{split} {corpus.num_tokens(split):,}" for split in corpus.splits)
     rows["sources"] = ", ".join(source["name"] for source in manifest["sources"][:MAX_ROWS])
+    if ignored := manifest.get("ignored_by_reason"):
+        rows["files not read"] = ", ".join(f"{reason} {count:,}" for reason, count in ignored.items())
     return _pairs(rows)
 
 
@@ -154,5 +158,4 @@ def _count(value: Any) -> str:
 
 
 def _text(text: str, style: str = "") -> Text:
-    """Text without characters that would command the terminal or turn the reading direction."""
-    return Text("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text), style)
+    return Text(printable(text), style)

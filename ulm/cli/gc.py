@@ -34,10 +34,7 @@ def gc(
     if found.unused:
         console.err.print(_table(found.unused, root.resolve()))
     wanted = bool(found.unused) and not dry_run and (yes or _confirmed())
-    gone: list[Unused] = []
-    if wanted:
-        again = {item.path for item in survey(root).unused}  # a run may have begun while the question stood
-        gone = [item for item in found.unused if item.path in again and remove(item)]
+    gone = remove(root, found.unused) if wanted else []
     num_bytes = sum(item.num_bytes for item in gone)
     console.err.print(
         f"{len(gone)} removed, {decimal(num_bytes)} freed; {found.num_kept} corpora and tokenizers in use"
@@ -69,5 +66,5 @@ def _table(items: list[Unused], root: Path) -> Table:
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("why")
     for item in items:
-        table.add_row(Text(str(item.path.relative_to(root))), decimal(item.num_bytes), item.why)
+        table.add_row(Text(console.printable(str(item.path.relative_to(root)))), decimal(item.num_bytes), item.why)
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,13 +77,13 @@ def _stated(corpus: Corpus) -> dict[str, dict[str, Any] | None]:
     return dict(zip(names, [*[None] * (len(names) - len(stated)), *stated], strict=True))
 
 
-def _ids(corpus: Corpus, source: str) -> set[str]:
-    return set(corpus.documents.filter(pc.equal(corpus.documents["source"], source))["id"].to_pylist())
+def _ids(corpus: Corpus, source: str) -> Counter[str]:
+    return Counter(corpus.documents.filter(pc.equal(corpus.documents["source"], source))["id"].to_pylist())
 
 
 def _documents(a: pa.Table, b: pa.Table) -> dict[str, Any]:
-    """Documents by id, and those that changed their split."""
-    ids_a, ids_b = a["id"].combine_chunks(), b["id"].combine_chunks()
+    """Documents by id, and those that changed their split. An id that stands twice is two documents."""
+    ids_a, ids_b = _each_its_own(a["id"].combine_chunks()), _each_its_own(b["id"].combine_chunks())
     place = pc.index_in(ids_b, value_set=ids_a)  # of b's documents in a, null where a has none
     common = pc.is_valid(place)
     of_a, of_b = a["split"].take(place.drop_null()), b["split"].filter(common)
@@ -90,7 +91,8 @@ def _documents(a: pa.Table, b: pa.Table) -> dict[str, Any]:
     ways: dict[str, int] = {}
     for before, after in zip(of_a.filter(differ).to_pylist(), of_b.filter(differ).to_pylist(), strict=True):
         ways[f"{before} to {after}"] = ways.get(f"{before} to {after}", 0) + 1
-    added, removed = ids_b.filter(pc.invert(common)), ids_a.filter(pc.invert(pc.is_in(ids_a, value_set=ids_b)))
+    added = b["id"].filter(pc.invert(common))
+    removed = a["id"].filter(pc.invert(pc.is_in(ids_a, value_set=ids_b)))
     return {
         "a": len(ids_a),
         "b": len(ids_b),
@@ -101,6 +103,18 @@ def _documents(a: pa.Table, b: pa.Table) -> dict[str, Any]:
         "removed_examples": removed[:MAX_EXAMPLES].to_pylist(),
         "moved": dict(sorted(ways.items())),
     }
+
+
+def _each_its_own(ids: pa.Array) -> pa.Array:
+    """The ids, with a number after those that stood before."""
+    if len(ids.unique()) == len(ids):
+        return ids
+    seen = Counter[str]()
+    found = []
+    for identity in ids.to_pylist():
+        seen[identity] += 1
+        found.append(identity if seen[identity] == 1 else f"{identity}\n{seen[identity]}")  # no id has a line end
+    return pa.array(found, pa.string())
 
 
 def _by(column: str, a: Corpus, b: Corpus, order: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:

@@ -94,7 +94,15 @@ def models_that_saw(identity: str, root: Path) -> dict[str, Any]:
     checkpoints = list(_checkpoints(root, unreadable))
     how: dict[str, dict[str, Any]] = {}  # by checkpoint digest
     for trained in checkpoints:
-        if (found := _trained_on(trained, corpora, unreadable)) is not None:
+        try:
+            found = _trained_on(trained, corpora, unreadable)
+        except ArtefactError as error:
+            unreadable.append(str(error))
+            continue
+        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            unreadable.append(f"{trained.folder.parent}: what it was trained on is not readable: {error!r}")
+            continue
+        if found is not None:
             how[trained.manifest.digest] = found
     spread = True
     while spread:  # a child may be listed before its parent

@@ -5,13 +5,18 @@ from __future__ import annotations
 from bisect import bisect_right
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from ulm import artefacts
+from ulm.corpus.shape import check_manifest, check_shards, stand_within
 from ulm.errors import ArtefactError
+from ulm.recipes.base import Section
+from ulm.recipes.corpus import Clean, Split
+from ulm.registry import config_error
 from ulm.tokenizers.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -24,6 +29,9 @@ DOCUMENT_COLUMNS = (
     "id", "source", "domain", "licence", "path", "offset", "split",
     "first_token", "num_tokens", "num_source_tokens", "num_bytes",
 )  # fmt: skip
+NUMBER_COLUMNS = ("offset", "first_token", "num_tokens", "num_source_tokens", "num_bytes")  # the others are text
+
+S = TypeVar("S", bound=Section)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -89,20 +97,27 @@ class Corpus:
             root = runtime.root()
         folder = root / "corpora"
         found = artefacts.find(text, folder=folder, names_in=folder / "names", what="corpus", place=place, near=near)
-        return cls.read(found, verify=verify)
+        corpus = cls.read(found, verify=verify)
+        if "/" not in text and (folder / "names" / text).is_file():
+            corpus.name = text  # the manifest has the name that it was first built under
+        return corpus
 
     @classmethod
     def read(cls, folder: Path, *, verify: bool = True) -> Corpus:
-        """The corpus in a folder."""
+        """The corpus in a folder, whose manifest has been checked: its shards are files of that folder.
+
+        Raises ArtefactError naming the manifest and its key, or the file.
+        """
         manifest = artefacts.read_manifest(folder, "corpus")
         path = folder / "manifest.json"
-        needed = ("digest", "name", "content", "tokens", "shards", "files", "sources", "dtype")
-        if missing := [key for key in needed if key not in manifest]:
-            raise ArtefactError(f"{path}: not the manifest of a corpus: {', '.join(missing)} missing")
+        check_manifest(path, manifest)
+        if DOCUMENTS not in manifest["files"]:
+            raise ArtefactError(f"{path}: files.{DOCUMENTS}: missing")
         if artefacts.digest_json(manifest["content"]) != manifest["digest"]:
             raise ArtefactError(f"{path}: its content does not match its digest; the file is damaged, copy it again")
         if verify:
             artefacts.verify_files(folder, manifest["files"])
+        check_shards(folder, manifest)
         return cls(folder, manifest)
 
     def num_tokens(self, split: str) -> int:
@@ -113,11 +128,19 @@ class Corpus:
         """The tokens of a split: each document's own, without any separator."""
         if split not in self._readers:
             paths = [self.folder / name for name in self.manifest["shards"].get(split, [])]
-            for path in paths:
-                if not path.is_file():
-                    raise ArtefactError(f"{path}: missing; the artefact is incomplete, make or copy it again")
             self._readers[split] = ShardReader(paths, np.dtype(self.manifest["dtype"]))
         return self._readers[split]
+
+    def settings(self) -> tuple[Clean, Split]:
+        """How its documents were cleaned and split, for more of them; ArtefactError where it does not say that."""
+        return self._section("clean", Clean), self._section("split", Split)
+
+    def _section(self, key: str, section: type[S]) -> S:
+        try:
+            return section.model_validate(self.manifest.get(key))
+        except ValidationError as error:
+            problem = config_error(error, section, key)
+            raise ArtefactError(f"{self.folder / 'manifest.json'}: {problem}; state {key} in the recipe") from None
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -130,10 +153,15 @@ class Corpus:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        path = self.folder / DOCUMENTS
+        types = [(name, pa.int64() if name in NUMBER_COLUMNS else pa.string()) for name in DOCUMENT_COLUMNS]
         try:
-            return pq.read_table(self.folder / DOCUMENTS, columns=list(DOCUMENT_COLUMNS))
-        except (pa.ArrowException, OSError) as error:
-            raise ArtefactError(f"{self.folder / DOCUMENTS}: not readable: {error}") from None
+            table = pq.read_table(path, columns=list(DOCUMENT_COLUMNS)).cast(pa.schema(types))
+        except (pa.ArrowException, ValueError, OSError) as error:  # ValueError: of columns that are not all there
+            raise ArtefactError(f"{path}: not readable: {error}") from None
+        if not stand_within(table, {split: self.num_tokens(split) for split in SPLITS}):
+            raise ArtefactError(f"{path}: has documents that its shards do not; copy the corpus again")
+        return table
 
     @cached_property
     def weights(self) -> dict[str, float]:

@@ -39,15 +39,17 @@ def corpus_figures(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         "digest": manifest["digest"],
         "created": manifest["created"],
         "documents": {key: manifest["documents"][key] for key in ("in", "kept")},
+        "base": manifest.get("base"),
         "cut": manifest.get("cut"),
         "total": _sums(documents, None)[0],
         "splits": sorted(_sums(documents, "split"), key=lambda row: SPLITS.index(row["split"])),
         "domains": _sums(documents, "domain"),
-        "sources": _sums(documents, "source"),
+        "sources": _sources(documents, manifest),
         "licences": _sums(documents, "licence"),
         "lengths": {unit: _lengths(documents, f"num_{unit}") for unit in ("bytes", "tokens")},
         "stages": manifest["stages"],
         "dropped": dict(sorted(dropped.items(), key=lambda item: (-item[1], item[0]))),
+        "ignored": manifest.get("ignored_by_reason"),
         "near_duplicates": manifest.get("near_duplicates"),
         "tokenizer": manifest["tokenizer"],
         "padding": manifest.get("padding"),
@@ -63,7 +65,7 @@ def clusterings(folder: Path) -> list[dict[str, Any]]:
     for place in places:
         if not place.name.endswith(artefacts.PARTIAL):
             manifest = artefacts.read_manifest(place, "clustering")
-            keys = ("digest", "kind", "config", "clusters", "agreement")
+            keys = ("digest", "kind", "config", "choice", "merged", "clusters", "agreement")
             found.append({key: manifest.get(key) for key in keys})
     return found
 
@@ -82,6 +84,18 @@ def _sums(documents: pa.Table, by: str | None) -> list[dict[str, Any]]:
         shares = {"share": tokens / total, "bytes_per_token": size / tokens if tokens else None}
         rows.append({**named, **counts, **shares})
     return sorted(rows, key=lambda row: (-row["tokens"], row[by] if by else ""))
+
+
+def _sources(documents: pa.Table, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sums of each source, those of which nothing is left too, and how many documents were read of it.
+
+    None where a manifest does not say, as those of older corpora.
+    """
+    num_read = {source["name"]: source.get("documents", {}).get("in") for source in manifest["sources"]}
+    rows = _sums(documents, "source")
+    nothing = {"documents": 0, "tokens": 0, "bytes": 0, "share": 0.0, "bytes_per_token": None}
+    rows += [{"source": name, **nothing} for name in sorted(num_read.keys() - {row["source"] for row in rows})]
+    return [{**row, "in": num_read.get(row["source"])} for row in rows]
 
 
 def _lengths(documents: pa.Table, column: str) -> dict[str, Any]:

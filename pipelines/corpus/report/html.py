@@ -64,7 +64,8 @@ def text(value: object, max_chars: int = MAX_TEXT) -> str:
     cut = given[:max_chars]
     shown = _INVISIBLE.sub(lambda found: f"\0{ord(found[0]):04X}\1", cut.replace("\r\n", "\n"))
     named = escape(shown).replace("\0", "<span class=u>U+").replace("\1", "</span>")
-    return f"{named}<span class=soft>… {len(given) - len(cut):,} more characters</span>" if cut != given else named
+    left_out = len(given) - len(cut)
+    return f"{named}<span class=soft>… {counted(left_out, 'more character')}</span>" if left_out else named
 
 
 def size(num_bytes: float) -> str:
@@ -86,7 +87,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     rows = list(rows)
     if not rows:
         return ""
-    numeric = [_is_number(next((row[n] for row in rows if row[n] != ""), "")) for n in range(len(head))]
+    numeric = [_is_number(next((row[n] for row in rows if row[n] not in ("", None)), "")) for n in range(len(head))]
     top = "".join(f"<th{' class=n' if n else ''}>{name}</th>" for name, n in zip(head, numeric, strict=True))
     lines = "".join(
         f"<tr>{''.join(_cell(value, n) for value, n in zip(row, numeric, strict=True))}</tr>\n" for row in rows
@@ -144,6 +145,16 @@ def count(value: float) -> str:
         if value >= limit:
             return f"{value / (1e3 if unit == 'k' else limit):.3g}{unit}"
     return f"{value:,.0f}"
+
+
+def counted(number: int, thing: str) -> str:
+    """So many of a thing, as people say it: 1 cluster, 2 clusters."""
+    return f"{number:,} {plural(number, thing)}"
+
+
+def plural(number: int, thing: str) -> str:
+    """The word for so many of a thing."""
+    return thing if number == 1 else f"{thing}s"
 
 
 def ratio(value: float | None) -> str:

@@ -6,15 +6,18 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipelines.corpus.report.clustering import clustering
 from pipelines.corpus.report.html import (
     MAX_LABEL,
     STYLE,
     Html,
     bar,
     count,
+    counted,
     details,
     fill,
     more,
+    plural,
     ratio,
     size,
     stack,
@@ -26,7 +29,6 @@ from pipelines.corpus.report.plots import cluster_size_plot, length_plot
 MAX_ROWS = 50  # of a table of reasons, domains, sources or licences
 MAX_SAMPLES = 8  # texts shown of one reason
 MAX_LISTED = 100  # dropped and ignored files shown by name
-NUM_COLOURS = 10  # --c0 … of the style
 
 
 def page(figures: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
@@ -38,7 +40,7 @@ def page(figures: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
         _section("Dropped", *_dropped(figures, manifest)),
         _section("Near duplicates", *_near_duplicates(figures)),
         _section("Domains", *_shares(figures)),
-        _section("Clusters", *(_clustering(c, figures) for c in figures["clusterings"])),
+        _section("Clusters", *(clustering(c, figures) for c in figures["clusterings"])),
         _section("How it was made", *_made(figures, manifest)),
     ]
     title = text(figures["name"], MAX_LABEL)
@@ -58,7 +60,7 @@ def _head(figures: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     documents, total, tokenizer = figures["documents"], figures["total"], figures["tokenizer"]
     kept = 100 * documents["kept"] / max(1, documents["in"])
     tiles = [
-        (f"{documents['kept']:,}", f"documents, {kept:.1f} % of {documents['in']:,}"),
+        (f"{documents['kept']:,}", f"{plural(documents['kept'], 'document')}, {kept:.1f} % of {documents['in']:,}"),
         (count(total["tokens"]), "tokens"),
         (size(total["bytes"]), "of text"),
         (ratio(total["bytes_per_token"]), "bytes per token"),
@@ -97,28 +99,41 @@ def _lengths(figures: Mapping[str, Any]) -> list[str]:
 def _stages(figures: Mapping[str, Any]) -> list[str]:
     whole = max([stage["in"] for stage in figures["stages"]], default=0) or 1
     rows = []
+    left = 0
     for stage in figures["stages"]:
         reasons = ", ".join(
             f"{reason.removeprefix(stage['stage'] + ': ')} {n:,}" for reason, n in stage["dropped"].items()
         )
         lost = stage["in"] - stage["out"]
-        drawn = stack([(stage["out"] / whole, fill(0)), (lost / whole, "background:var(--bad)")])
-        row = [stage["stage"], stage["out"], drawn, lost or "", stage.get("changed") or ""]
+        before = max(left, stage["in"])
+        left = before - lost
+        drawn = stack([(left / whole, fill(0)), (lost / whole, "background:var(--bad)")])
+        if stage["in"] < before:  # as html, which is for some formats alone
+            drawn = Html(f"<span class=soft>saw {stage['in']:,} of {before:,}</span>")
+        row = [stage["stage"], left, drawn, lost or "", stage.get("changed") or ""]
         seconds = stage.get("cpu_seconds")
         rows.append([*row, "" if seconds is None else f"{seconds:,.1f} s", Html(text(reasons))])
     head = ("stage", "left", "", "dropped", "changed", "CPU", "reasons")
-    note = "<p>In the order they ran: documents left after each stage, and those whose text it altered.</p>"
-    return [note, table(head, rows)]
+    of = f", of the {counted(_num_new(figures), 'document')} that this version adds" if figures["base"] else ""
+    note = f"In the order they ran{of}: documents left after each stage, and those whose text it altered."
+    return [f"<p>{note}</p>", table(head, rows)]
+
+
+def _num_new(figures: Mapping[str, Any]) -> int:
+    """Documents that were read for this version; stages and reasons are of these."""
+    base = figures["base"]
+    num_in: int = figures["documents"]["in"]
+    return num_in - (base["documents"] if base else 0)
 
 
 def _dropped(figures: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
     dropped, samples = figures["dropped"], manifest.get("samples", {})
     parts = []
     if dropped:
-        most = max(dropped.values())
-        of = max(1, figures["documents"]["in"])
-        rows = [[reason, n, f"{100 * n / of:.2f} %", bar(n / most, "--bad")] for reason, n in dropped.items()]
-        parts += [table(("reason", "documents", "of all", ""), rows[:MAX_ROWS]), more(len(rows), MAX_ROWS)]
+        of = max(1, _num_new(figures))
+        rows = [[reason, n, f"{100 * n / of:.2f} %", bar(n / of, "--bad")] for reason, n in dropped.items()]
+        head = ("reason", "documents", "of those added" if figures["base"] else "of all", "")
+        parts += [table(head, rows[:MAX_ROWS]), more(len(rows), MAX_ROWS)]
     parts += [
         _samples(reason, samples[reason]) for reason in dict.fromkeys([*dropped, *samples]) if samples.get(reason)
     ]
@@ -127,11 +142,21 @@ def _dropped(figures: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[st
         parts.append(details(f"Where they stood (the first {len(rows)})", table(("source", "path", "reason"), rows)))
     if ignored := manifest["ignored"]:
         rows = [[row["source"], row["path"], row["reason"]] for row in ignored[:MAX_LISTED]]
-        parts.append(details(f"Files not read (the first {len(rows)})", table(("source", "path", "reason"), rows)))
+        parts.append(details(_not_read(figures["ignored"], len(rows)), table(("source", "path", "reason"), rows)))
     if (cut := figures["cut"]) and cut["documents"]:
-        added = cut["pieces_added"]
-        parts.append(f"<p>{cut['documents']:,} long documents were cut, which made {added:,} documents more.</p>")
+        long, added = counted(cut["documents"], "long document"), counted(cut["pieces_added"], "document")
+        parts.append(f"<p>{long} cut, which made {added} more.</p>")
     return parts
+
+
+def _not_read(by_reason: Mapping[str, int] | None, num_shown: int) -> str:
+    """How many files were not read and why; a manifest of before it was counted has the first of them alone."""
+    if not by_reason:
+        return f"Files not read (the first {num_shown:,})"
+    total = sum(by_reason.values())
+    reasons = ", ".join(f"{reason} {n:,}" for reason, n in sorted(by_reason.items(), key=lambda item: -item[1]))
+    shown = f" (the first {num_shown:,} below)" if num_shown < total else ""
+    return f"{counted(total, 'file')} not read: {text(reasons)}{shown}"
 
 
 def _place(row: Mapping[str, Any]) -> str:
@@ -151,14 +176,16 @@ def _near_duplicates(figures: Mapping[str, Any]) -> list[str]:
     near = figures["near_duplicates"]
     if not near:
         return []
-    found = f"{near['clusters']:,} clusters of {near['documents']:,} documents that are nearly the same; "
-    parts = [f"<p>{found}{near['dropped']:,} documents dropped.</p>"]
+    found = (
+        f"{counted(near['clusters'], 'cluster')} of {counted(near['documents'], 'document')} that are nearly the same"
+    )
+    parts = [f"<p>{found}; {counted(near['dropped'], 'document')} dropped.</p>"]
     if near["sizes"]:
         parts.append(f"<div class=plots><figure>{cluster_size_plot(near['sizes'])}</figure></div>")
     for cluster in near["largest"]:
         paths = "<br>".join(f"<bdi>{text(path, MAX_LABEL)}</bdi>" for path in cluster["paths"][:MAX_SAMPLES])
         shown = f"<pre dir=auto>{text(cluster['text'])}</pre><div class=soft>{paths}</div>"
-        parts.append(details(f"{cluster['documents']:,} documents", shown))
+        parts.append(details(counted(cluster["documents"], "document"), shown))
     return parts
 
 
@@ -166,47 +193,25 @@ def _shares(figures: Mapping[str, Any]) -> list[str]:
     parts = []
     for title, kind in (("", "domain"), ("Sources", "source"), ("Licences", "licence")):
         found = figures[kind + "s"]
-        if kind == "source" and [row[kind] for row in found] == [row["domain"] for row in figures["domains"]]:
-            continue  # each source is its own domain
+        if kind == "source" and _says_no_more(found, figures["domains"]):
+            continue
+        columns = {"in": "in", "kept": "documents"} if kind == "source" else {"documents": "documents"}
+        empty = sum(row["documents"] == 0 for row in found)  # only sources can be
+        note = f"<p>Nothing is left of {empty:,} of {counted(len(found), 'source')}.</p>" if empty else ""
         rows = [
-            [row[kind], row["documents"], row["tokens"], f"{100 * row['share']:.1f} %", bar(row["share"]),
-             size(row["bytes"]), row["bytes_per_token"]]
+            [row[kind], *(row[key] for key in columns.values()), row["tokens"], f"{100 * row['share']:.1f} %",
+             bar(row["share"]), size(row["bytes"]), row["bytes_per_token"]]
             for row in found[:MAX_ROWS]
         ]  # fmt: skip
-        head = (kind, "documents", "tokens", "of tokens", "", "text", "bytes per token")
-        parts += [f"<h3>{title}</h3>" if title else "", table(head, rows), more(len(found), MAX_ROWS)]
+        head = (kind, *columns, "tokens", "of tokens", "", "text", "bytes per token")
+        parts += [f"<h3>{title}</h3>" if title else "", note, table(head, rows), more(len(found), MAX_ROWS)]
     return parts
 
 
-def _clustering(clustering: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
-    clusters, agreement = clustering["clusters"], clustering["agreement"]
-    colour = {row["domain"]: n for n, row in enumerate(figures["domains"][:NUM_COLOURS])}
-    agrees = ""
-    if agreement:
-        agrees = f" They agree with the domains to a normalised mutual information of {agreement['nmi']:.2f}"
-        agrees += f", purity {agreement['purity']:.2f}."
-    key = "".join(
-        f"<span><i style={fill(n)}></i><bdi>{text(name, MAX_LABEL)}</bdi></span>" for name, n in colour.items()
-    )
-    if len(figures["domains"]) > NUM_COLOURS:
-        key += f"<span><i style={fill(None)}></i>others</span>"
-    rows = []
-    for number, cluster in enumerate(clusters):
-        tokens = sum(cluster["domains"].values()) or 1
-        ordered = sorted(cluster["domains"].items(), key=lambda item: (-item[1], item[0]))
-        composed = stack([(n / tokens, fill(colour.get(domain))) for domain, n in ordered])
-        about = f"<bdi>{text(', '.join(cluster['words']))}</bdi>"
-        if titles := cluster.get("titles"):
-            listed = "".join(f"<div class=soft><bdi>{text(title, MAX_LABEL)}</bdi></div>" for title in titles)
-            about += listed
-        train = cluster["tokens"].get("train", 0)
-        rows.append([f"{number:02d}", composed, cluster["documents"], train, Html(f"<div class=words>{about}</div>")])
-    head = ("cluster", "domains", "documents", "train tokens", "words and titles")
-    kind = text(clustering["kind"])
-    return (
-        f"<h3>{len(clusters)} clusters, {kind} <code>{clustering['digest'][:12]}</code></h3>"
-        f"<p>Each bar is a cluster's domains by tokens.{agrees}</p><div class=key>{key}</div>{table(head, rows)}"
-    )
+def _says_no_more(sources: Sequence[Mapping[str, Any]], domains: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether each source is its own domain and whole, as far as is known."""
+    whole = all(row["in"] in (None, row["documents"]) for row in sources)
+    return whole and [row["source"] for row in sources] == [row["domain"] for row in domains]
 
 
 def _made(figures: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:

@@ -53,7 +53,11 @@ def cluster_size_plot(sizes: Mapping[str, int]) -> str:
         axes.plot(x, y, "o", color=SPLIT_COLOURS["train"], markersize=4)
         axes.set(xscale="log", yscale="log", xlabel="documents of a cluster", ylabel="clusters")
         axes.set_ylim(bottom=0.7)
-        axes.set_xlim(left=1.5, right=max(x[-1] * 1.5, 20))
+        right = max(x[-1] * 1.5, 20)
+        marks = (1, 2, 3, 5) if right < 1_000 else (1, 3)
+        ticks = {2, *(mark * 10**power for power in range(12) for mark in marks)}  # most clusters have two documents
+        axes.set_xticks(sorted(tick for tick in ticks if 1 < tick <= right))
+        axes.set_xlim(left=1.5, right=right)
 
     return _svg(draw, "Clusters of near duplicates by size")
 
@@ -70,14 +74,14 @@ def _svg(draw: Callable[[Any], None], title: str) -> str:
     """An inline <svg> of one pair of axes, as wide as a phone."""
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}), io.StringIO() as file:
         figure = Figure(figsize=(4.6, 2.7), layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
         for axis in (axes.xaxis, axes.yaxis):
-            if axis.get_scale() == "log":
+            if axis.get_scale() == "log" and not isinstance(axis.get_major_locator(), FixedLocator):
                 axis.set_major_locator(LogLocator(subs=(1, 3), numticks=12))
             axis.set_minor_locator(NullLocator())
             axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
