@@ -12,7 +12,7 @@ from encodings.aliases import aliases
 from pathlib import Path
 
 from pipelines.corpus.reading.formats import BOOKS, FORMATS, ROWS, TABLES, UNCOMPRESSED, by_name
-from pipelines.corpus.reading.places import Found, find_files
+from pipelines.corpus.reading.places import Found, brief, find_files
 from pipelines.corpus.reading.unit import Unit, document_rule
 from pipelines.corpus.split import named_split
 from ulm.corpus.manifest import SPLITS
@@ -24,7 +24,7 @@ MAX_PART_UNITS = 1_000
 
 @dataclass(frozen=True)
 class Ignored:
-    """A file that is not read at all, and why."""
+    """A file that is not read at all, and why; both as `brief` has them."""
 
     source: int
     path: str
@@ -61,7 +61,7 @@ def list_sources(sources: Sequence[Source], *, near: Path | None, root: Path, ma
         assert source.path is not None
         taken, passed = _choose(number, source, place, find_files(source.path, place, near=near, root=root))
         kept, twins = without_twins(taken, source)
-        ignored += passed + [Ignored(number, unit.path, f"same_rows as {twin.path}") for unit, twin in twins]
+        ignored += passed + [_ignored(number, unit.path, f"same_rows as {twin.path}") for unit, twin in twins]
         for unit in kept:
             units += parts(unit, source, max_bytes)
     return Listing(units, ignored, names)
@@ -143,17 +143,21 @@ def _choose(number: int, source: Source, place: str, files: list[Found]) -> tupl
     ignored: list[Ignored] = []
     for file, (stem, _, compression), form in zip(files, named, formats, strict=True):
         if form is None:
-            ignored.append(Ignored(number, file.path, "unknown_format" if source.format is None else "other_format"))
+            ignored.append(_ignored(number, file.path, "unknown_format" if source.format is None else "other_format"))
         elif file.problem is not None:
-            ignored.append(Ignored(number, file.path, file.problem))
+            ignored.append(_ignored(number, file.path, file.problem))
         else:
             compression = None if form in UNCOMPRESSED else compression
             own = named_split(source.split) if source.split else None if form == "code" else named_split(stem)
             units.append(
-                Unit(number, file.path, file.file, form, compression, own, size=file.size, modified=file.modified)
+                Unit(number, file.path, file.file, form, compression, own, size=file.size, version=file.version)
             )
     _check_formats(source, place, units)
     return units, ignored
+
+
+def _ignored(number: int, path: str, reason: str) -> Ignored:
+    return Ignored(number, brief(path), brief(reason))
 
 
 def _check_formats(source: Source, place: str, units: list[Unit]) -> None:

@@ -34,7 +34,7 @@ from ulm.recipes.corpus import CorpusRecipe, ExtendRecipe, Source, TokenizerReci
 from ulm.tokenizers.chat import CHAT_TEMPLATE
 from ulm.tokenizers.tokenizer import Tokenizer, check_section
 
-ALGORITHM = 2  # part of an unfinished build's identity: raise it when the same units would give other parts
+ALGORITHM = 3  # part of an unfinished build's identity: raise it when the same units would give other parts
 
 
 class Build:
@@ -71,7 +71,9 @@ class Build:
         if self.clean.decontamination is not None:
             with self.timed("evaluation sets"):
                 place = "clean.decontamination"
-                self.ngrams = NgramIndex.build(self.clean.decontamination, near=near, root=root, place=place)
+                self.ngrams = NgramIndex.build(
+                    self.clean.decontamination, near=near, root=root, place=place, clean=self.clean
+                )
             theirs = self.base.manifest["content"].get("clean", {}).get("decontamination") if self.base else None
             if recipe.clean is None and theirs and theirs.get("ngrams") != self.ngrams.digest:
                 problem = "its evaluation sets are not what they were when it was built"

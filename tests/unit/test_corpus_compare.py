@@ -247,6 +247,16 @@ def test_the_command_line_shows_and_compares(root: Path) -> None:
     assert found["corpora"][1]["bytes"] == sum(file.stat().st_size for file in b.folder.iterdir())
 
 
+def test_a_damaged_corpus_is_listed_as_such_beside_the_others(root: Path) -> None:
+    write_corpus(root, TEXTS, name="a")
+    b = write_corpus(root, TEXTS[:2], name="b")
+    (b.folder / "manifest.json").unlink()
+    found, said = ulm("corpus", "list")
+    assert found["corpora"][0]["name"] == "a"
+    assert found["corpora"][1] == {"name": "b", "error": f"{b.folder}: no corpus here (manifest.json is missing)"}
+    assert "damaged" in said
+
+
 @pytest.mark.parametrize(
     "words", [["--token", "train"], ["--token", "train:x"], ["--token", "train:1", "--document", "x"]]
 )

@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.corpus.reading import lines, ranges, streams, tables
+from pipelines.corpus.reading.books import epub_html
 from pipelines.corpus.reading.read import Reading, cut, read_unit
 from pipelines.corpus.stages.html import html_to_text
 from tests.source_reading import TEMPLATE, listing_of, read, records_of, sources_of
@@ -73,6 +74,18 @@ class TestPieces:
         assert [p.decode() for *_, p in found if p] == [p for p in re.split(r"(?:\r?\n[ \t]*){2,}", text) if p]
         assert lines.split_paragraphs(text) == re.split(r"(?:\r?\n[ \t]*){2,}", text)
         assert all(content[offset:].startswith(paragraph) for offset, _, paragraph in found)
+
+    @pytest.mark.parametrize("blank", [b"\n", b"\n ", b"\n\r", b"\r\n\t"])
+    def test_empty_lines_without_end_cost_no_memory_and_part_two_paragraphs(self, blank: bytes) -> None:
+        content = b"one\n" + blank * (8 << 20) + b"\ntwo"
+        tracemalloc.start()
+        try:
+            found = [p for p in lines.paragraphs(blocks(content, 1 << 20), 0, 1 << 20) if p[2].strip()]
+            assert tracemalloc.get_traced_memory()[1] < 8 << 20
+        finally:
+            tracemalloc.stop()
+        assert found == [(0, 0, b"one"), (len(content) - 3, 0, b"two")]
+        assert lines.split_paragraphs(content.decode()) == ["one", "two"]
 
     @given(TEXTS, st.integers(4, 30), st.integers(1, 9))
     def test_pieces_of_a_stream_are_those_of_its_text(self, text: str, max_bytes: int, size: int) -> None:
@@ -302,6 +315,15 @@ class TestTables:
         assert read(tmp_path, path=name, columns=["id", "text"]) == ["one", "two"]
         assert reasons(tmp_path, path=name) == ["no_text: no column 'text' among 1, one"]
 
+    def test_a_reason_is_valid_and_short_whatever_keys_a_file_has(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text('{"\\ud800": 1}\n' + jsonl({"k" * 3_000_000: 1}))
+        (tmp_path / "b.csv").write_bytes(b"te\xffxt,b\n1,2\n")
+        (tmp_path / "c.tsv").write_bytes(b"te\xffxt\tb\n1\t2\n")
+        found = [reason or "" for reason in reasons(tmp_path, path=".")]
+        assert found[0] == "no_text: no 'text' among \\ud800"
+        assert (len(found[1]), found[1][-2:]) == (300, "k…")
+        assert found[2:] == ["no_text: no column 'text' among te\\xffxt, b"] * 2
+
     def test_a_json_array_is_one_fault_with_its_remedy(self, tmp_path: Path) -> None:
         (tmp_path / "a.json").write_text(json.dumps([{"text": "x"}] * 3, indent=1))
         (tmp_path / "b.json").write_text(json.dumps([{"text": "x"}] * 3))
@@ -356,6 +378,60 @@ class TestTables:
         monkeypatch.setattr(tables, "BATCH_BYTES", 50_000)
         assert read(tmp_path, path="a.parquet") == texts
         assert len(sizes) >= 10
+
+    @pytest.mark.parametrize("column", ["text", "messages"])
+    def test_parquet_rows_that_share_one_long_value_are_not_held_together(self, tmp_path: Path, column: str) -> None:
+        long = "x" * 1_000_000
+        values = [long if column == "text" else [{"role": "user", "content": long}]] * 100
+        pq.write_table(pa.table({column: values}), tmp_path / "a.parquet")
+        assert (tmp_path / "a.parquet").stat().st_size < 100_000
+        [unit] = listing_of({"path": "."}, near=tmp_path).units
+        [source] = sources_of({"path": ".", column: column})
+        tracemalloc.start()
+        held = pa.total_allocated_bytes()
+        try:
+            for number, (row, _, _) in enumerate(tables.parquet_rows(unit, source)):
+                assert row == number
+                assert pa.total_allocated_bytes() - held < 16 << 20
+            assert number == 99
+            assert tracemalloc.get_traced_memory()[1] < 8 << 20
+        finally:
+            tracemalloc.stop()
+
+    @pytest.mark.parametrize(
+        ("column", "reason"),
+        [
+            (pa.array([2**62], pa.timestamp("us")), "text_not_string: timestamp"),
+            (pa.array([2**62], pa.duration("s")), "text_not_string: duration"),
+            (pa.array([1], pa.timestamp("us", tz="Nowhere/Bad")), "text_not_string: timestamp"),
+            (pa.array([{"a": 1}]), "text_not_string: struct"),
+            (pa.array([b"x"]), "text_not_string: binary"),
+            (pa.nulls(2), "text_not_string: null"),
+        ],
+        ids=str,
+    )
+    def test_a_parquet_column_of_another_type_is_refused_by_its_type(
+        self, tmp_path: Path, column: Any, reason: str
+    ) -> None:
+        pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+        assert reasons(tmp_path, path=".") == [reason]
+
+    @pytest.mark.parametrize(
+        "kind",
+        [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string()), pa.json_()],
+        ids=str,
+    )
+    def test_every_string_type_of_parquet_is_text(self, tmp_path: Path, kind: Any) -> None:
+        texts = pa.array(["one", None, "two"], kind)
+        pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+        assert read(tmp_path, path=".") == ["one", "[text_not_string]", "two"]
+
+    def test_a_parquet_file_whose_columns_or_values_cannot_be_told_is_one_fault(self, tmp_path: Path) -> None:
+        pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "a.parquet")
+        assert reasons(tmp_path, path=".") == ["bad_parquet: several columns 'text'"]
+        pq.write_table(pa.table({"m": [pa.scalar(2**62, pa.duration("s"))]}), tmp_path / "a.parquet")
+        [reason] = reasons(tmp_path, path=".", messages="m")
+        assert (reason or "").startswith("bad_parquet: ")
 
     def test_torn_parquet_and_missing_columns_are_one_fault_each(self, tmp_path: Path) -> None:
         pq.write_table(pa.table({"body": ["x", "y"]}), tmp_path / "wrong.parquet")
@@ -413,14 +489,14 @@ class TestPairsAndChats:
         assert reasons(tmp_path, max_bytes=50, path=".", messages="m") == expected
 
 
-def book(chapters: dict[str, bytes], *, spine: list[str] | None = None) -> bytes:
+def book(chapters: dict[str, bytes], *, spine: list[str] | None = None, method: int = zipfile.ZIP_DEFLATED) -> bytes:
     """An EPUB of chapters, in the order of `spine`."""
     container = '<container><rootfiles><rootfile full-path="OPS/book.opf"/></rootfiles></container>'
     items = "".join(f'<opf:item id="{name}" href="{name}%20x.xhtml"/>' for name in chapters)
     order = "".join(f'<opf:itemref idref="{name}"/>' for name in (spine or list(chapters)))
     package = f"<opf:package><opf:manifest>{items}</opf:manifest><opf:spine>{order}</opf:spine></opf:package>"
     sink = io.BytesIO()
-    with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as file:
+    with zipfile.ZipFile(sink, "w", method) as file:
         file.writestr("META-INF/container.xml", container)
         file.writestr("OPS/book.opf", package)
         file.writestr("../../outside.txt", "x")
@@ -482,6 +558,41 @@ class TestBooks:
         assert (found[3] or "").startswith("undecodable: 'OPS/a x.xhtml': ")
         assert found[4] == "empty"
 
+    @pytest.mark.parametrize("name", ["unicode_escape", "utf-7", "idna", "hex", "punycode"])
+    def test_a_book_in_an_encoding_that_no_book_has_is_refused(self, tmp_path: Path, name: str) -> None:
+        chapter = f'<?xml version="1.0" encoding="{name}"?><body>hi \\ud800 +2AA- there</body>'.encode()
+        (tmp_path / "a.epub").write_bytes(book({"a": chapter}))
+        assert reasons(tmp_path, path=".") == [f"undecodable: 'OPS/a x.xhtml': no encoding {name!r} in a book"]
+
+    @pytest.mark.parametrize("name", ["utf-8", "UTF-16", "latin-1", "windows-1252"])
+    def test_a_book_in_an_encoding_that_books_have_is_read(self, tmp_path: Path, name: str) -> None:
+        chapter = f'<?xml version="1.0" encoding="{name}"?><body>é</body>'.encode(name)
+        (tmp_path / "a.epub").write_bytes(book({"a": chapter}))
+        assert read(tmp_path, path=".") == ["<html><body><div>é</div></body></html>"]
+
+    @pytest.mark.parametrize("package", [b"<![foo[ x ]]><package>", b"<![ %x;[<package>"])
+    def test_a_book_whose_package_is_no_xml_says_so(self, tmp_path: Path, package: bytes) -> None:
+        sink = io.BytesIO()
+        with zipfile.ZipFile(sink, "w") as file:
+            file.writestr("META-INF/container.xml", '<rootfile full-path="book.opf"/>')
+            file.writestr("book.opf", package)
+        (tmp_path / "a.epub").write_bytes(sink.getvalue())
+        [reason] = reasons(tmp_path, path=".")
+        assert (reason or "").startswith("bad_epub: ")
+
+    @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, zipfile.ZIP_STORED])
+    def test_a_damaged_book_gives_a_text_or_a_reason(self, method: int) -> None:
+        generator = random.Random(method)
+        whole = book({"a": page("text")}, method=method)
+        for _ in range(300):
+            damaged = bytearray(whole)
+            for _ in range(generator.randint(1, 20)):
+                damaged[generator.randrange(len(damaged))] = generator.randrange(256)
+            try:
+                epub_html(bytes(damaged)).encode()
+            except streams.UnusableError as fault:
+                assert str(fault).partition(":")[0] in ("bad_epub", "undecodable", "bomb")
+
     def test_an_epub_bomb_is_told(self, tmp_path: Path) -> None:
         (tmp_path / "a.epub").write_bytes(book({"a": page("x" * (17 << 20))}))
         assert reasons(tmp_path, path=".") == ["bomb: expands more than 200 fold"]
@@ -524,6 +635,22 @@ def test_a_file_that_disappears_or_shrinks_after_the_listing_is_a_reason(tmp_pat
     assert found[-2:] == [("h.txt", None), ("h.txt", "unreadable: the file became shorter while it was read")]
     assert {reason for _, reason in found[:-2]} == {"unreadable: No such file or directory"}
     assert len(found) == 10  # a.txt and h.txt are two units
+
+
+@pytest.mark.parametrize(
+    ("name", "source"), [("a.txt", {"document": "line"}), ("a.jsonl", {}), ("a.tsv", {"columns": ["text"]})]
+)
+def test_parts_of_lines_that_their_file_no_longer_has_are_reasons(
+    tmp_path: Path, name: str, source: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranges, "PART_BYTES", 1_000)
+    (tmp_path / name).write_text('{"text": "row"}\n' * 200)
+    units = listing_of({"path": name, **source}, near=tmp_path).units
+    (tmp_path / name).write_text('{"text": "row"}\n' * 100)
+    section = sources_of({"path": name, **source})[0]
+    found = [{r.reason for r in read_unit(u, section, Reading(), 1_000, "")} for u in units]
+    shorter = "unreadable: the file became shorter while it was read"
+    assert found == [{None}, {None, shorter}, {shorter}, {shorter}]
 
 
 def test_the_digest_is_that_of_the_content_and_not_of_its_parts_reader(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 
 from pipelines.corpus.reading import hub, places, ranges
 from pipelines.corpus.reading.formats import by_name
+from pipelines.corpus.reading.read import Reading, read_unit
 from pipelines.corpus.reading.unit import Unit, is_html
 from pipelines.corpus.sources import share_out
 from tests.source_reading import listing_of, read, records_of, sources_of
@@ -47,6 +48,18 @@ def test_a_file_name_that_is_no_unicode_is_read_and_shown(tmp_path: Path) -> Non
     (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("text")
     [(unit, record)] = records_of(tmp_path, path=".", format="txt")
     assert (unit.path, record.text) == ("caf\\xe9.txt", "text")
+    again = Unit(**json.loads(json.dumps(vars(unit))))  # as parts of a build get them
+    assert [record.text for record in read_unit(again, *sources_of({"path": "."}), Reading(), 1_000, "")] == ["text"]
+
+
+def test_what_is_said_of_a_file_that_is_not_read_is_valid_and_short(tmp_path: Path) -> None:
+    folder = tmp_path / "/".join(["x" * 200] * 3)
+    folder.mkdir(parents=True)
+    (folder / os.fsdecode(b"\xff.png")).write_bytes(b"x")
+    (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(b"x")
+    short, long = (ignored.path for ignored in listing_of({"path": "."}, near=tmp_path).ignored)
+    assert short == "\\xff.png"
+    assert long == ("/".join(["x" * 200] * 3)[:299] + "…")
 
 
 def test_what_is_no_file_is_passed_over_with_its_reason(tmp_path: Path) -> None:
@@ -70,6 +83,24 @@ def test_a_glob_and_a_path_beside_the_recipe_are_found(tmp_path: Path) -> None:
         (0, "one.txt"), (0, "sub/one.txt"), (1, "one.txt"), (1, "three.md"),
         (2, "one.txt"), (2, "three.md"),
     ]  # fmt: skip
+
+
+def test_a_glob_has_no_more_signs_than_the_recipe_wrote(tmp_path: Path) -> None:
+    for folder in ("data[1]", "data1", "data[1]/sub"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text(folder)
+    assert read(tmp_path / "data[1]", path="*.txt") == ["data[1]"]
+    assert [(u.path, r.text) for u, r in records_of(tmp_path / "data[1]" / "sub", path="../*.txt")] == [
+        ("a.txt", "data[1]")
+    ]
+    assert read(tmp_path, path=f"{tmp_path}/data[1]/*.txt") == ["data1"]
+
+
+def test_many_double_stars_are_one(tmp_path: Path) -> None:
+    for folder in ("a/b/c", "d/e/f"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "x.txt").write_text(folder)
+    assert read(tmp_path, path="**/" * 100 + "x.txt") == ["a/b/c", "d/e/f"]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +141,13 @@ def test_a_name_tells_format_and_compression(name: str, expected: tuple[str, str
         ({"path": "a.parquet", "encoding": "utf-16"}, r"sources\.0\.encoding: belongs to text files"),
         ({"dataset": "./nowhere"}, r"sources\.0\.dataset: cannot load './nowhere'"),
         ({"dataset": "x", "columns": ["a"]}, r"sources\.0\.columns: belongs to a path"),
+        ({"path": ""}, r"sources\.0\.path: '' cannot be a path"),
+        ({"path": "~nosuchuser/x"}, r"sources\.0\.path: '~nosuchuser/x' cannot be a path"),
+        ({"path": "é" * 128}, r"sources\.0\.path: 'é+\.\.\.é+' cannot be a path"),
+        ({"path": "*" * 300}, r"sources\.0\.path: '\*+\.\.\.\*+' cannot be a path"),
+        ({"path": "a\0b"}, r"sources\.0\.path: 'a\\x00b' cannot be a path"),
+        ({"dataset": "~nosuchuser/x"}, r"sources\.0\.dataset: '~nosuchuser/x' cannot be a path"),
+        ({"dataset": ""}, r"sources\.0\.dataset: '' cannot be a path"),
         ({"path": "nosuchscheme://host/a.txt"}, r"sources\.0\.path: cannot list 'nosuchscheme://host/a\.txt'"),
     ],
 )
@@ -177,7 +215,20 @@ def test_many_tiny_files_are_listed_with_their_sizes(tmp_path: Path) -> None:
         (tmp_path / f"{number:05d}.txt").write_bytes(b"x" * (number % 7))
     units = listing_of({"path": "."}, near=tmp_path).units
     assert [unit.size for unit in units] == [number % 7 for number in range(2_000)]
-    assert units[5].modified == os.stat(tmp_path / "00005.txt").st_mtime
+
+
+def test_a_file_changed_in_place_is_another_version_even_with_its_size_and_time_kept(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("before")
+    [before] = listing_of({"path": "."}, near=tmp_path).units
+    assert listing_of({"path": "."}, near=tmp_path).units == [before]
+    times = os.stat(file)
+    while os.stat(file).st_ctime_ns == times.st_ctime_ns:  # the clock of a file system may tick slowly
+        file.write_text("behind")
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    [after] = listing_of({"path": "a.txt"}, near=tmp_path).units
+    assert (after.size, os.stat(file).st_mtime_ns) == (before.size, times.st_mtime_ns)
+    assert after.version != before.version
 
 
 def test_pages_books_and_columns_of_html_are_html(tmp_path: Path) -> None:
@@ -229,6 +280,17 @@ class TestStores:
             listing_of({"path": f"{store}/*.csv"}, near=tmp_path)
         with pytest.raises(ConfigError, match=r"sources\.0\.path: cannot list 'memory://store/no': there is no"):
             listing_of({"path": f"{store}/no"}, near=tmp_path)
+
+    def test_whatever_a_backend_raises_names_the_source(self, tmp_path: Path) -> None:
+        import fsspec
+
+        class Broken(fsspec.AbstractFileSystem):
+            def info(self, path: str, **fields: Any) -> Any:
+                raise type("ConnectError", (Exception,), {})("no such host\nand more")
+
+        fsspec.register_implementation("broken", Broken)
+        with pytest.raises(ConfigError, match=r"sources\.0\.path: cannot list 'broken://x/y': no such host \("):
+            listing_of({"path": "broken://x/y"}, near=tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -285,8 +347,6 @@ class TestS3:
     def test_an_object_that_disappears_after_the_listing_is_a_reason(
         self, tmp_path: Path, bucket: tuple[str, Any]
     ) -> None:
-        from pipelines.corpus.reading.read import Reading, read_unit
-
         options, client = bucket
         client.put_object(Bucket="texts", Key="gone/a.txt", Body=b"x")
         source = {"path": f"s3://texts/gone{options}"}
@@ -404,6 +464,12 @@ class TestDatasets:
         found = read(tmp_path, dataset="set", text="body", streaming=True)
         assert found[-1] == "[unreadable]"
         assert found[:40] == [f"{split} {number}" for split in ("train", "validation") for number in range(20)]
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_a_value_that_python_has_no_like_of_is_a_reason(self, tmp_path: Path, streaming: bool) -> None:
+        (tmp_path / "set").mkdir()
+        pq.write_table(pa.table({"text": pa.array([2**62], pa.timestamp("us"))}), tmp_path / "set" / "train.parquet")
+        assert read(tmp_path, dataset="set", streaming=streaming) == ["[unreadable]"]
 
     def test_a_hub_dataset_without_a_network_is_named_with_the_remedy(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

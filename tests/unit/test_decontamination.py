@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines.corpus.stages import Verdict, stages_of
 from pipelines.corpus.stages.decontamination import NgramIndex, decontaminate
 from ulm import runtime
 from ulm.errors import ConfigError
-from ulm.recipes.corpus import Decontamination
+from ulm.recipes.corpus import Clean, Decontamination, EvaluationSet
 
 CORPORA = runtime.variable("ULM_CORPORA")
 ITEM = "Fifteen grey geese, flying south, met one old crow who asked: where is your winter house?"
@@ -66,6 +68,46 @@ def test_case_punctuation_and_white_space_do_not_hide_an_item(tmp_path: Path) ->
     index = jsonl_index(tmp_path, ITEM, SHORT)
     changed = ITEM.upper().replace(",", "").replace(" ", "\n\t"), f"“{SHORT[:-1].replace(' ', ' - ')}”"
     assert found(index, *changed) == ["items", "items"]
+
+
+def test_an_item_is_found_whatever_form_its_characters_have_in_the_set(tmp_path: Path) -> None:
+    text = "Müller fährt über die Straße zum Café"
+    decomposed, misread = unicodedata.normalize("NFD", text), text.encode().decode("latin-1")
+    for item in (text, decomposed, misread, text.replace("fährt", "f\x07ährt"), f"\ud800 {text}"):
+        assert found(jsonl_index(tmp_path, item), text) == ["items"]
+    config = Decontamination(sets=[EvaluationSet(path="items.jsonl")])
+    jsonl_index(tmp_path, decomposed)
+    as_it_is = Clean(nfc=False)
+    index = NgramIndex.build(config, near=tmp_path, root=tmp_path, place="clean.decontamination", clean=as_it_is)
+    assert found(index, text, decomposed) == [None, "items"]
+
+
+def test_an_item_with_an_address_is_found_before_the_address_is_replaced(tmp_path: Path) -> None:
+    item = "Write to alice@example.com or call 202-555-0100 today"
+    jsonl_index(tmp_path, item).save(tmp_path / "index")
+    clean = Clean.model_validate({"personal_data": True, "decontamination": {"sets": [{"path": "items.jsonl"}]}})
+    verdicts: list[Verdict] = [(item, None)]
+    for stage in stages_of(clean, tmp_path / "index"):
+        verdicts = stage.apply([text for text, _ in verdicts])
+        if verdicts[0][1] is not None:
+            break
+    assert verdicts == [(item, "decontamination: items")]
+
+
+def test_brackets_in_the_recipes_folder_are_no_glob(tmp_path: Path) -> None:
+    folder = tmp_path / "data[1]"
+    folder.mkdir()
+    (folder / "a.txt").write_text(SHORT)
+    (tmp_path / "data1").mkdir()
+    (tmp_path / "data1" / "a.txt").write_text(ITEM)
+    assert found(index_of(folder, {"path": "*.txt", "name": "a"}), SHORT, ITEM) == ["a", None]
+
+
+@pytest.mark.parametrize("path", ["~nosuchuser/x", "~nosuchuser/*", "a" * 5_000, "a" * 5_000 + "*", "\0", "\ud800"])
+def test_a_path_that_can_be_no_files_is_an_error_of_its_set(tmp_path: Path, path: str) -> None:
+    with pytest.raises(ConfigError, match=r"^clean\.decontamination\.sets\.0\.path: ") as error:
+        index_of(tmp_path, {"path": path})
+    assert len(str(error.value)) < 600
 
 
 def test_an_item_that_is_parted_by_the_end_of_a_document_is_not_found(tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ def test_a_recipe_can_be_given_by_overrides_alone():
         ("train", TRAIN + "optimizer: {kind: adamw, beta: 1}", [], "optimizer.beta: unknown key (did you mean 'beta"),
         ("train", TRAIN + "model: {preset: nanno}", [], "model.preset: no preset or size 'nanno' (did you mean 'nano'"),
         ("train", TRAIN + "name: Über", [], "name: 'Über': String should match pattern"),
+        ("train", TRAIN + "name: x.partial", [], "name: 'x.partial': names of unfinished artefacts end in .partial"),
         ("train", TRAIN, ["train.steps"], "--set train.steps: is not a.b=value (for example --set train.steps=30)"),
         ("train", TRAIN, ["=3"], "--set =3: is not a.b=value"),
         ("train", TRAIN, ["train..steps=3"], "--set train..steps=3: is not a.b=value"),
@@ -103,6 +104,36 @@ def test_a_path_is_looked_up_beside_the_recipe_then_in_the_root(tmp_path):
     assert resolve_path("stored", near=near, root=root) == root / "stored"
     assert resolve_path("neither", near=near, root=root) == near / "neither"
     assert resolve_path(str(root), near=near, root=near) == root
+
+
+@pytest.mark.parametrize("text", ["", "~nosuchuser/x", "a\0b", "é" * 128, "a/" * 1_999, "a/" * 2_999, "\ud800"])
+def test_a_text_that_no_path_can_be_is_refused_by_its_place(tmp_path, text):
+    with pytest.raises(ConfigError, match=r"^sources\.3\.path: '.*' cannot be a path") as caught:
+        resolve_path(text, near=tmp_path / ("n" * 200), root=tmp_path, place="sources.3.path")
+    assert len(str(caught.value).encode()) < 200
+
+
+@pytest.mark.parametrize(
+    ("section", "place"),
+    [
+        ({"sources": [{"path": "a"}, {"path": "a\ud800"}]}, "sources.1.path"),
+        ({"exclude": ["\udcff"]}, "exclude.0"),
+        ({"clean": {"personal_data": {"phone_region": "\ud800"}}}, "clean.personal_data.phone_region"),
+        ({"clean": {"\ud800": 1}}, "clean"),
+        ({"tokenizer": "\ud800"}, "tokenizer"),
+        ({"\ud800": 1}, "recipe"),
+    ],
+)
+def test_a_lone_surrogate_anywhere_in_a_recipe_is_refused_by_its_place(section, place):
+    with pytest.raises(ConfigError) as caught:
+        validate(CorpusRecipe, {"name": "x", "sources": [{"path": "a"}], **section})
+    assert str(caught.value).startswith(f"{place}: '")
+    assert str(caught.value).endswith("' holds a lone surrogate, which no file can")
+
+
+def test_a_value_that_contains_itself_is_answered():
+    with pytest.raises(ConfigError, match="corpus: "):
+        load_recipe("train", None, ["name=x", "corpus=&a [*a]", "train.steps=1"])
 
 
 @pytest.mark.parametrize(

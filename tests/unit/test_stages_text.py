@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import time
 import unicodedata
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from ftfy.badness import is_bad
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pipelines.corpus.stages.characters import unify
+from pipelines.corpus.stages import personal_data
+from pipelines.corpus.stages.characters import JOINER, MAX_MARKS, unify
 from pipelines.corpus.stages.encoding import _SUSPECT, repair
-from pipelines.corpus.stages.html import html_to_text
+from pipelines.corpus.stages.html import MAX_ATTRIBUTES, MAX_UNCLOSED, html_to_text
 from pipelines.corpus.stages.language import MAX_CHARS, keep_languages, known_languages
 from pipelines.corpus.stages.language import check as check_languages
 from pipelines.corpus.stages.personal_data import check as check_region
@@ -67,6 +69,28 @@ def test_unifying_equals_the_definition_and_a_second_pass_changes_nothing(text: 
     assert once == unicodedata.normalize("NFC", kept)
     assert reason == (None if once.strip() else "empty")
     assert unify([once], Clean()) == [(once, reason)]
+
+
+@given(
+    st.lists(st.sampled_from(["\u0301", "\u0323", "\u0344", "\u0301" * 30, "\u0f73" * 20, "a", "…", "🙂"])).map("".join)
+)
+@example("a" + "\u0344" * 30)
+@example("…" * 31 + "\u0323\u0301" * 16)
+def test_marks_are_parted_after_thirty_and_nothing_else_changes(text: str) -> None:
+    [(once, _)] = unify([text], Clean())
+    longest = max(map(len, re.findall("[\u0300-\u034e\u0f71-\u0f74]+", once)), default=0)
+    assert longest <= MAX_MARKS
+    assert unify([once], Clean())[0][0] == once == unicodedata.normalize("NFC", once)
+    if JOINER not in once:
+        assert once == unicodedata.normalize("NFC", text)
+    assert sorted(unicodedata.normalize("NFD", text)) == sorted(unicodedata.normalize("NFD", once).replace(JOINER, ""))
+
+
+def test_a_letter_with_a_million_marks_takes_linear_time() -> None:
+    start = time.process_time()
+    [(text, reason)] = unify(["a" + "\u0301" * 500_000 + "\u0323" * 500_000], Clean())
+    assert (text[:3], text.count(JOINER), reason) == ("á\u0301\u0301", 1_000_000 // MAX_MARKS, None)
+    assert time.process_time() - start < 5  # 0.5 s here; sorted at once, they take minutes
 
 
 def test_texts_are_too_short_by_bytes_and_empty_by_white_space() -> None:
@@ -152,13 +176,49 @@ def test_a_page_without_text_is_named_so(page: str) -> None:
 def test_cut_and_deep_pages_give_the_text_that_is_there() -> None:
     pages = [
         PAGE[: PAGE.index("of <b>milk") + 9],
-        "<div>" * 50_000 + "deep",
+        "<div>" * MAX_UNCLOSED + "deep",
         "<table><tr><td>x",
         "&#xD800;&bogus; a < b",
     ]
     texts = [text for text, _ in html_to_text(pages)]
     assert texts[0].endswith("& a café of mil")
     assert [text.strip() for text in texts[1:]] == ["deep", "x", "\ufffd&bogus; a < b"]
+
+
+@pytest.mark.parametrize(
+    ("page", "reason"),
+    [
+        ("<p " + " ".join(f"a{n}=1" for n in range(MAX_ATTRIBUTES)) + ">x", None),
+        ("<p " + " ".join(f"a{n}=1" for n in range(MAX_ATTRIBUTES + 1)) + ">x", "bad_html: too many attributes"),
+        ("<p a='>' " + "/".join(f"a{n}='>'" for n in range(80_000)) + ">x", "bad_html: too many attributes"),
+        ("<p title='" + "a=1 <b " * 9_999 + "'>x", None),
+        ("<p>" + '<img src="data:' + "/a " * 9_999 + '">x', None),
+        ("<a><div>" * 80_000 + "x", "bad_html: too deep"),
+        ("<table><tr>x<div>y<td>" * 40_000, "bad_html: too deep"),
+        ("<div>" * 20_000 + "</x>" * 20_000 + "<table>x" * 20_000, "bad_html: too deep"),
+        ("<p>one<br><li>two<a name=x>" * 9_999, None),
+        ("<div><b>x</b></div>" * 9_999, None),
+        ("<div><!-- </div> -->" * 9_999 + "x", "bad_html: too deep"),
+        ("<!--><div>" * 9_999 + "x", "bad_html: too deep"),
+        ("<script " + " ".join(f"a{n}=1" for n in range(9_999)) + "></script>x", "bad_html: too many attributes"),
+        ("x<script>" + "if (a<b && i<n.length) { '<div>' }\n" * 9_999 + "</script>", None),
+    ],
+    ids=range(14),
+)
+def test_pages_that_would_take_a_parser_more_than_linear_time_are_refused(page: str, reason: str | None) -> None:
+    start = time.process_time()
+    assert html_to_text([page])[0][1] == reason
+    assert time.process_time() - start < 2  # 0.1 s here; the parser takes 3 to 25 s for those refused
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["<a", "<a ", "<a b='", "<a b=\"<a b='", "<a =", "<a/", "< ", "<!--", "<a b='>", "</a ", "<script ", "<title>"],
+)
+def test_the_search_for_such_pages_takes_linear_time(piece: str) -> None:
+    start = time.process_time()
+    html_to_text([piece * 300_000])
+    assert time.process_time() - start < 2  # 0.3 s at most here
 
 
 @given(st.text(st.sampled_from("<>/!-=\"'& apbr\x00é#;"), max_size=60))
@@ -395,6 +455,37 @@ _PIECES = st.sampled_from(
 def test_a_second_redaction_changes_nothing(text: str) -> None:
     once = redacted(text)
     assert redacted(once) == once
+
+
+@pytest.mark.parametrize(
+    ("thing", "count", "result"),
+    [
+        ("+49/ 34- 1555", 8_000, "<phone>"),
+        ("202-555-0100,", 2_000, "<phone>,"),
+        ("+4930901820,", 2_000, "<phone>,"),
+        ("+c@d.com", 20_000, "<email>"),
+        ("192.0.2.17,", 10_000, "<ip>,"),
+        ("AIza" + "x1Y" * 11 + "zz ", 5_000, "<key> "),
+    ],
+)
+def test_a_long_list_with_nothing_or_a_comma_between_is_replaced_in_linear_time(
+    thing: str, count: int, result: str
+) -> None:
+    start = time.process_time()
+    assert redacted(thing * count) == result * count
+    assert time.process_time() - start < 5  # about 0.5 s here; a pass for each thing takes a minute or more
+
+
+def test_google_keys_with_nothing_between_are_replaced_together() -> None:
+    assert redacted(("AIza" + "x1Y" * 11 + "zz") * 5_000) == "<key>"
+
+
+@given(st.lists(_PIECES | st.sampled_from(["word " * 99, "1 " * 140, "x" * 650]), max_size=30).map("".join))
+def test_what_is_replaced_does_not_depend_on_the_windows_of_the_search(text: str) -> None:
+    whole = redacted(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(personal_data, "_WINDOW_CHARS", 800)
+        assert redacted(text) == whole
 
 
 @needs_corpora

@@ -280,6 +280,11 @@ def test_of_a_chat_only_the_templates_own_special_tokens_are_ids(said):
         "{{ 1 / 0 }}",
         "{{ 'a' + 1 }}",
         "{% for i in range(10 ** 9) %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(200) %}{% for j in range(200) %}{% endfor %}{% endfor %}",
+        "{{ 'a' * 700000000 }}",
+        "{{ 700000000 * ['a'] }}",
+        "{{ 10 ** (10 ** 10) }}",
     ],
 )
 def test_a_template_that_fails_or_reaches_outside_its_sandbox_refuses_the_request(template):
@@ -287,6 +292,13 @@ def test_a_template_that_fails_or_reaches_outside_its_sandbox_refuses_the_reques
     with pytest.raises(RequestError, match="chat template refuses") as caught:
         tokenizer.render_chat([{"role": "user", "content": "Hi"}])
     assert (caught.value.param, caught.value.status) == ("messages", 400)
+
+
+def test_bounds_of_templates_are_of_one_rendering_and_leave_arithmetic_alone():
+    template = "{% for i in range(9, 0, -3) %}{{ i }}{% endfor %}{{ '-' * 9 }}{{ 12345 * 12345 }} {{ 2 ** 64 }}"
+    for _ in range(5_000):
+        text = render_chat(template, [], add_generation_prompt=False)
+    assert text == "963---------152399025 18446744073709551616"
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,22 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
 
+from ulm import artefacts
 from ulm.errors import ConfigError
 from ulm.registry import config_error
 
 ID_PATTERN = r"[a-z0-9][a-z0-9._-]*"
-Name = Annotated[str, StringConstraints(pattern=rf"^{ID_PATTERN}$", max_length=120)]
+
+
+def _whole(name: str) -> str:
+    if name.endswith(artefacts.PARTIAL):  # which listings and `ulm gc` pass over
+        raise ValueError(f"names of unfinished artefacts end in {artefacts.PARTIAL}")
+    return name
+
+
+Name = Annotated[str, StringConstraints(pattern=rf"^{ID_PATTERN}$", max_length=120), AfterValidator(_whole)]
 
 
 class Section(BaseModel):
@@ -66,12 +75,32 @@ def load(recipe: type[R], path: Path | None, overrides: Sequence[str] = ()) -> R
 
 def validate(recipe: type[R], fields: dict[str, Any]) -> R:
     """A recipe from plain values, as a program or a job's payload has them."""
+    _check_texts(fields)
     try:
         return recipe(**fields)
     except ValidationError as error:
         raise config_error(error, recipe) from None
     except TypeError as error:  # a key that is no string
         raise ConfigError("recipe", str(error)) from None
+
+
+def _check_texts(fields: dict[str, Any]) -> None:
+    """ConfigError for a text, at any depth, that no artefact could hold: one with half a character (a surrogate)."""
+    waiting: list[tuple[list[str], Any]] = [([], fields)]
+    seen: set[int] = set()  # anchors give values many places, even one within itself
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                problem = f"{reprlib.repr(value)} holds a lone surrogate, which no file can"
+                raise ConfigError(".".join(place) or "recipe", problem) from None
+        elif isinstance(value, dict | list) and id(value) not in seen:
+            seen.add(id(value))
+            entries = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, inner in entries:
+                waiting += [([*place, str(key)], inner), (place, key)]  # the key first, for it is in the place
 
 
 def _set(fields: dict[str, Any], override: str) -> None:
@@ -94,10 +123,16 @@ def _set(fields: dict[str, Any], override: str) -> None:
     inner[keys[-1]] = value
 
 
-def resolve_path(text: str, *, near: Path | None, root: Path) -> Path:
-    """A path in a recipe: relative to the recipe, then looked up in the root."""
-    path = Path(text).expanduser()
-    if path.is_absolute():
-        return path
-    candidates = ([near / path] if near else [Path.cwd() / path]) + [root / path]
-    return next((c for c in candidates if c.exists()), candidates[0])
+def resolve_path(text: str, *, near: Path | None, root: Path, place: str = "path") -> Path:
+    """A path in a recipe: relative to the recipe, then looked up in the root. ConfigError where there can be none."""
+    try:
+        artefacts.check_path(text, place)
+        path = Path(text).expanduser()
+        if path.is_absolute():
+            return path
+        candidates = ([near / path] if near else [Path.cwd() / path]) + [root / path]
+        return next((c for c in candidates if c.exists()), candidates[0])
+    except (RuntimeError, OSError, ValueError) as error:  # no such user; too long beside the recipe; half a character
+        reason = error.strerror if isinstance(error, OSError) else error
+        problem = f"{reprlib.repr(text)} cannot be a path or a name: {reason}"
+        raise ConfigError(place, problem) from None

@@ -182,8 +182,8 @@ class Clean(Section):
     gopher_repetition: Annotated[GopherRepetition | None, _switch(GopherRepetition)] = None
     c4_quality: Annotated[C4Quality | None, _switch(C4Quality)] = None
     fineweb_quality: Annotated[FineWebQuality | None, _switch(FineWebQuality)] = None
-    personal_data: Annotated[PersonalData | None, _switch(PersonalData)] = None
     decontamination: Decontamination | None = None
+    personal_data: Annotated[PersonalData | None, _switch(PersonalData)] = None
     duplicate_exact: bool = True  # case- and space-blind
     duplicate_near: Annotated[NearDuplicates | None, _switch(NearDuplicates)] = NearDuplicates()
 

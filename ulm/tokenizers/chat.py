@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
+import jinja2.runtime
 import jinja2.sandbox
 
 from ulm.errors import ConfigError, RequestError
@@ -17,6 +19,8 @@ CHAT_TEMPLATE = (
 )
 CHAT_STOP = "\nUser:"
 
+MAX_STEPS, MAX_CHARS, MAX_POWER = 10_000, 1_000_000, 1_000  # what loops over ranges, a product and a power may come to
+
 # What a template's own expressions raise, beside Jinja's: 1 / 0, "a" + 1, range beyond the sandbox's bound.
 FAULTS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
@@ -26,8 +30,9 @@ def render_chat(template: str, messages: Sequence[Mapping[str, str]], *, add_gen
 
     Raises RequestError for a template that fails on these messages.
     """
+    given = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, "range": _bounded_range()}
     try:
-        return _compiled(template).render(messages=list(messages), add_generation_prompt=add_generation_prompt)
+        return _compiled(template).render(given)
     except FAULTS as error:
         raise RequestError(f"the chat template refuses these messages: {error}", param="messages") from None
 
@@ -55,5 +60,31 @@ def check_template(template: str) -> None:
 @lru_cache(maxsize=16)  # a corpus renders one template a hundred thousand times
 def _compiled(template: str) -> jinja2.Template:
     # the block trimming of transformers, so that an exported or imported template renders the same there
-    around = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    return around.from_string(template)
+    return _Sandbox(trim_blocks=True, lstrip_blocks=True).from_string(template)
+
+
+def _bounded_range() -> Callable[..., range]:
+    """`range` for one rendering, in which all loops over it together take MAX_STEPS steps at most."""
+    left = MAX_STEPS
+
+    def bounded(*arguments: int) -> range:
+        nonlocal left
+        left -= len(steps := range(*arguments))
+        if left < 0:
+            raise OverflowError(f"more than {MAX_STEPS:,} steps of range")
+        return steps
+
+    return bounded
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's, in which a slip in a product cannot fill the memory. It is no wall: templates are the user's own."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        lengths = [len(value) if hasattr(value, "__len__") else value for value in (left, right)]
+        is_long = lengths != [left, right] and lengths[0] * lengths[1] > MAX_CHARS
+        if is_long if operator == "*" else right > MAX_POWER:
+            raise OverflowError(f"the result of {operator} is too large")
+        return super().call_binop(context, operator, left, right)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import io
+import lzma
 import posixpath
 import re
 import zipfile
@@ -11,12 +13,15 @@ from html.parser import HTMLParser
 from urllib.parse import unquote
 
 from pipelines.corpus.reading.places import first_line
-from pipelines.corpus.reading.streams import MAX_EXPANSION, MAX_WHOLE_BYTES, MIN_BOMB_BYTES, UnusableError
+from pipelines.corpus.reading.streams import MAX_EXPANSION, MAX_WHOLE_BYTES, MIN_BOMB_BYTES, UnusableError, codec_of
 
 # In XHTML these may close themselves; read as HTML they would swallow what follows.
 _SELF_CLOSED = re.compile(r"<(?:script|style|title|textarea|iframe)\b[^<>]*/>", re.IGNORECASE)
-_BODY = re.compile(r"<body\b[^>]*>(.*)</body\s*>", re.IGNORECASE | re.DOTALL)
+_BODY, _BODY_END = re.compile(r"<body\b[^<>]*>", re.IGNORECASE), re.compile(r"</body\s*+>", re.IGNORECASE)
+# What Python decodes beside these may be no encoding of text (hex), or give what is no Unicode (unicode_escape, UTF-7).
+_ENCODINGS = re.compile(r"ascii|utf-8(-sig)?|utf-16(-[bl]e)?|iso8859-\d+|cp125\d")
 _DECLARED = re.compile(rb"<\?xml[^>]*encoding=[\"']([\w.-]+)", re.IGNORECASE)
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
 
 def epub_html(content: bytes) -> str:
@@ -36,9 +41,8 @@ def epub_html(content: bytes) -> str:
                     raise UnusableError(f"bad_epub: no file for the chapter {chapter!r}")
                 path = unquote(files[chapter].partition("#")[0])
                 page = _SELF_CLOSED.sub("", _read(book, posixpath.normpath(posixpath.join(folder, path)), left))
-                body = _BODY.search(page)
-                chapters.append(f"<div>{body.group(1) if body else page}</div>")
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
+                chapters.append(f"<div>{_body(page)}</div>")
+    except (*_ZIP_ERRORS, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
         raise UnusableError(f"bad_epub: {first_line(error)}") from None
     return f"<html><body>{''.join(chapters)}</body></html>"
 
@@ -81,10 +85,20 @@ def _read(book: zipfile.ZipFile, path: str, left: list[int]) -> str:
     if left[0] < 0:
         raise UnusableError(f"bomb: expands more than {MAX_EXPANSION} fold")
     declared = _DECLARED.match(content[:200])
+    name = codec_of(content, None) or (declared.group(1).decode() if declared else "utf-8")
     try:
-        return content.decode(declared.group(1).decode() if declared else "utf-8").removeprefix("\ufeff")
+        if not _ENCODINGS.fullmatch(codecs.lookup(name).name):
+            raise LookupError(f"no encoding {name!r} in a book")
+        return content.decode(name).removeprefix("\ufeff")
     except (UnicodeError, LookupError) as error:
         raise UnusableError(f"undecodable: {path!r}: {first_line(error)}") from None
+
+
+def _body(page: str) -> str:
+    """What stands between a page's first <body> and its last </body>; all of it where they are not both there."""
+    start = _BODY.search(page)
+    ends = list(_BODY_END.finditer(page, start.end())) if start else []
+    return page[start.end() : ends[-1].start()] if start and ends else page
 
 
 def _tags(text: str) -> list[tuple[str, dict[str, str | None]]]:
@@ -95,7 +109,10 @@ def _tags(text: str) -> list[tuple[str, dict[str, str | None]]]:
         def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
             found.append((tag.rpartition(":")[2], dict(attrs)))
 
-    Tags().feed(text)
+    try:
+        Tags().feed(text)
+    except AssertionError as error:  # which it raises at a marked section that it does not know
+        raise UnusableError(f"bad_epub: {first_line(error)}") from None
     return found
 
 

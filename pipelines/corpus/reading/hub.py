@@ -11,7 +11,7 @@ from typing import Any
 
 from pipelines.corpus.reading.places import first_line
 from pipelines.corpus.reading.streams import UnusableError
-from pipelines.corpus.reading.tables import Row, columns_of
+from pipelines.corpus.reading.tables import VALUE_ERRORS, Row, columns_of
 from pipelines.corpus.reading.unit import Unit
 from pipelines.corpus.split import named_split
 from ulm.corpus.manifest import SPLITS
@@ -37,7 +37,7 @@ def list_dataset(number: int, source: Source, place: str, *, near: Path | None, 
             raise ConfigError(f"{place}.{name}", "belongs to a path, a dataset knows its own", "leave it out")
     if source.document == "file":
         raise ConfigError(f"{place}.document", "'file' does not fit a dataset", "record, line or paragraph")
-    local = resolve_path(source.dataset, near=near, root=root)
+    local = resolve_path(source.dataset, near=near, root=root, place=f"{place}.dataset")
     name = str(local.resolve()) if local.exists() else source.dataset
     try:
         loaded = _load(name, source.config, source.split, source.streaming)
@@ -137,8 +137,10 @@ def _loaded(name: str, config: str | None, split: str, streaming: bool, version:
 def _faults(before: str) -> Iterator[None]:
     """Raises what `datasets` and its hub say as UnusableError."""
     import datasets
+    import pyarrow as pa
 
+    ours = (datasets.exceptions.DatasetsError, datasets.builder.DatasetGenerationError)
     try:
         yield
-    except (OSError, ValueError, datasets.exceptions.DatasetsError, datasets.builder.DatasetGenerationError) as error:
+    except (*VALUE_ERRORS, *ours, pa.ArrowException, OSError, ImportError) as error:
         raise UnusableError(f"{before}{first_line(error)}") from None

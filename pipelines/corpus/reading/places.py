@@ -19,6 +19,7 @@ from ulm.recipes.base import resolve_path
 # Opened by pyarrow itself; any other scheme is fsspec's.
 _ARROW_SCHEMES = ("s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
 _REMEDY = "a file, a folder or a glob"
+MAX_SHOWN_CHARS = 300
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Found:
     path: str  # relative to the source's folder, valid Unicode, parts joined by /
     file: str  # where it is: an absolute path in os.fsdecode's spelling, or a URI
     size: int = 0
-    modified: float = 0.0  # seconds since 1970; 0 where the place does not say
+    version: str | None = None  # changes when the file does; None where the place does not say
     problem: str | None = None  # why it cannot even be tried
 
 
@@ -43,8 +44,8 @@ def find_files(path: str, place: str, *, near: Path | None, root: Path) -> list[
     if is_uri(path):
         try:
             found = _remote_files(path)
-        except (OSError, ValueError, ImportError) as error:  # pyarrow's own errors are one of these
-            raise ConfigError(f"{place}.path", f"cannot list {path!r}: {first_line(error)}", _REMEDY) from None
+        except Exception as error:  # a backend of fsspec's raises what its own libraries do
+            raise ConfigError(f"{place}.path", f"cannot list {path!r}: {first_line(error)}", _REMEDY) from error
     else:
         found = _local_files(path, place, near=near, root=root)
     if not found and glob.has_magic(path):
@@ -66,27 +67,34 @@ def first_line(error: Exception) -> str:
     return os.strerror(number) if number else str(error).split("\n")[0][:300] or type(error).__name__
 
 
-def shown(path: str) -> str:
-    """A path as valid Unicode, whatever bytes a file name holds."""
+def shown(text: str) -> str:
+    """A text as valid Unicode, whatever bytes a file name or a key holds."""
     try:
-        path.encode()
-    except UnicodeEncodeError:
-        return os.fsencode(path).decode("utf-8", errors="backslashreplace")
-    return path
+        return os.fsencode(text).decode("utf-8", errors="backslashreplace")
+    except UnicodeEncodeError:  # of a surrogate that stands for no byte
+        return text.encode(errors="backslashreplace").decode()
+
+
+def brief(text: str) -> str:
+    """A text as reports and tables take it: valid Unicode of at most MAX_SHOWN_CHARS."""
+    text = shown(text[: MAX_SHOWN_CHARS + 1])
+    return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 1] + "…"
 
 
 def _local_files(text: str, place: str, *, near: Path | None, root: Path) -> list[Found]:
-    path = os.path.abspath(resolve_path(text, near=near, root=root))
+    path = os.path.abspath(resolve_path(text, near=near, root=root, place=f"{place}.path"))
     if os.path.isdir(path):
         return list(_walk(path, path))
     if os.path.isfile(path):
         return [_found(path, os.path.dirname(path))]
     if glob.has_magic(text):
-        given = Path(text).expanduser()
-        for pattern in [given] if given.is_absolute() else [(near or Path.cwd()) / given, root / given]:
-            parts = Path(os.path.abspath(pattern)).parts
-            base = os.path.join(*parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
-            matches = glob.glob(os.path.join(*parts), recursive=True)
+        given = Path(os.path.normpath(Path(text).expanduser())).parts
+        depth = next(i for i, part in enumerate(given) if glob.has_magic(part))
+        # Two double stars match what one does, and glob takes exponentially longer to say so.
+        pattern = [part for i, part in enumerate(given) if i < depth or given[i - 1 : i + 1] != ("**", "**")][depth:]
+        for folder in (near or Path.cwd(), root):
+            base = os.path.abspath(folder.joinpath(*given[:depth]))
+            matches = glob.glob(os.path.join(glob.escape(base), *pattern), recursive=True)
             files = (f for m in matches for f in (_walk(m, base) if os.path.isdir(m) else [_found(m, base)]))
             if found := {file.path: file for file in files}:
                 return list(found.values())
@@ -131,7 +139,8 @@ def _found(file: str, base: str, entry: os.DirEntry[str] | None = None) -> Found
     except OSError:
         return Found(path, file)  # the reader says what is wrong with it
     problem = None if stat.S_ISREG(status.st_mode) else "not_a_file"
-    return Found(path, file, status.st_size, status.st_mtime, problem)
+    version = f"{status.st_mtime_ns}-{status.st_ctime_ns}-{status.st_ino}"  # times can be set back, ctime cannot
+    return Found(path, file, status.st_size, version, problem)
 
 
 def _relative(file: str, base: str) -> str:
@@ -167,8 +176,8 @@ def _remote_files(uri: str) -> list[Found]:
 
 
 def _of_store(information: Any, path: str, folder: str, query: str) -> Found:
-    modified = (information.mtime_ns or 0) / 1e9
-    return Found(shown(path), f"{folder.rstrip('/')}/{path}{query}", information.size or 0, modified)
+    version = None if information.mtime_ns is None else str(information.mtime_ns)
+    return Found(shown(path), f"{folder.rstrip('/')}/{path}{query}", information.size or 0, version)
 
 
 def _matches(names: list[str], pattern: list[str]) -> bool:

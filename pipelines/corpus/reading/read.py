@@ -10,7 +10,7 @@ from typing import Any
 from pipelines.corpus.reading.chats import transcript
 from pipelines.corpus.reading.formats import BOOKS, ROWS
 from pipelines.corpus.reading.lines import lines_of, paragraphs, pieces, split_paragraphs
-from pipelines.corpus.reading.places import first_line
+from pipelines.corpus.reading.places import brief, first_line
 from pipelines.corpus.reading.streams import UnusableError, blocks_of, char_border, text_blocks, whole
 from pipelines.corpus.reading.tables import Fault, rows_of, undecodable
 from pipelines.corpus.reading.unit import Unit, document_rule, is_html
@@ -19,7 +19,10 @@ from ulm.recipes.corpus import Source
 
 @dataclass(frozen=True)
 class Record:
-    """One document or a piece of one as read, or what stands in its place: `text` is None where `reason` says why."""
+    """One document or a piece of one as read, or what stands in its place: `text` is None where `reason` says why.
+
+    All pieces of a cut row have the offset of the row; of a cut text, each has its own.
+    """
 
     offset: int  # byte of a text, jsonl or tsv file (decompressed, as UTF-8); row of csv, parquet and datasets
     text: str | None
@@ -44,6 +47,11 @@ def read_unit(unit: Unit, source: Source, reading: Reading, max_bytes: int, chat
     A text above `max_bytes` is cut into consecutive records, a pair or a chat is dropped; HTML is given whole, for it
     is cut when it has become text (`cut`).
     """
+    for record in _records(unit, source, reading, max_bytes, chat_template):
+        yield record if record.reason is None else replace(record, reason=brief(record.reason))
+
+
+def _records(unit: Unit, source: Source, reading: Reading, max_bytes: int, chat_template: str) -> Iterator[Record]:
     start = unit.row if unit.format in ("parquet", "dataset") else unit.start
     try:
         if unit.format in ROWS:
@@ -199,4 +207,3 @@ def _until(blocks: Iterator[bytes], at: int, end: int) -> Iterator[bytes]:
         at += len(block)
         if at >= end:
             return
-    raise UnusableError("unreadable: the file became shorter while it was read")

@@ -125,7 +125,10 @@ def whole(blocks: Iterator[bytes]) -> bytes:
 
 
 def blocks_of(unit: Unit, digest: Any) -> Iterator[bytes]:
-    """Blocks from the unit's start to the end of its file; `digest` takes in those up to the unit's end."""
+    """Blocks from the unit's start to the end of its file; `digest` takes in those up to the unit's end.
+
+    Raises UnusableError where the file ends before the unit does.
+    """
     with opened(unit) as stream:
         at = unit.start
         if at:
@@ -135,6 +138,8 @@ def blocks_of(unit: Unit, digest: Any) -> Iterator[bytes]:
                 digest.update(block if unit.end is None else block[: max(unit.end - at, 0)])
             at += len(block)
             yield block
+        if unit.end is not None and at < unit.end:
+            raise UnusableError("unreadable: the file became shorter while it was read")
 
 
 def _after_mark(first: int, blocks: Iterator[bytes]) -> tuple[int, Iterator[bytes]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,8 @@ from pipelines.corpus.reading.unit import Unit
 from ulm.recipes.corpus import Source
 
 BATCH_BYTES = 4 << 20  # of parquet rows that are held at once
+# What values that Python has no like of raise: times out of range, unknown time zones, bytes that are no UTF-8.
+VALUE_ERRORS = (ValueError, OverflowError, KeyError)
 _TOO_LONG = f"too_long: a line above {MAX_WHOLE_BYTES:,} bytes"
 _ARRAY_REMEDY = "a JSON array must become one object a line, as by jq -c '.[]'"
 
@@ -67,6 +70,25 @@ def _missing(source: Source, columns: list[str]) -> Fault | None:
     for column in columns_of(source):
         if column not in columns:
             return Fault(f"no_text: no column {column!r} among {', '.join(columns[:10])}")
+    return None
+
+
+def _unfit(source: Source, schema: Any) -> Fault | None:
+    """Why the columns of a parquet file are none to be read."""
+    import pyarrow as pa
+
+    if missing := _missing(source, schema.names):
+        return missing
+    for column in columns_of(source):
+        if schema.names.count(column) > 1:
+            return Fault(f"bad_parquet: several columns {column!r}")
+        kind = schema.field(column).type
+        if isinstance(kind, pa.BaseExtensionType):
+            kind = kind.storage_type
+        if isinstance(kind, pa.DictionaryType):
+            kind = kind.value_type
+        if source.messages is None and kind not in (pa.string(), pa.large_string(), pa.string_view()):
+            return Fault(f"text_not_string: {re.split('[^a-z0-9_]', str(kind))[0]}")
     return None
 
 
@@ -167,27 +189,37 @@ def _csv_rows(unit: Unit, source: Source, digest: Any) -> Iterator[Row]:
 
 
 def parquet_rows(unit: Unit, source: Source) -> Iterator[Row]:
-    """Rows of a parquet file's row groups, a few at a time. Raises UnusableError."""
+    """Rows of a parquet file's row groups, a few at a time. Raises UnusableError.
+
+    Columns stay dictionaries, and each value is taken out by itself: rows that share a long one, which a small file
+    can have by the thousand, are never held together.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns = columns_of(source)
     row = unit.row
     try:
-        with open_file(unit.file) as opened, pq.ParquetFile(opened, pre_buffer=False, buffer_size=1 << 20) as file:
-            if missing := _missing(source, file.schema_arrow.names):
+        with open_file(unit.file) as opened:
+            metadata = pq.read_metadata(opened)
+            leaves = [metadata.schema.column(leaf) for leaf in range(metadata.num_columns)]
+            dictionaries = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+            file = pq.ParquetFile(
+                opened, metadata=metadata, read_dictionary=dictionaries, pre_buffer=False, buffer_size=1 << 20
+            )
+            if fault := _unfit(source, file.schema_arrow):
                 if unit.start == 0:
-                    raise UnusableError(missing)
+                    raise UnusableError(fault)
                 return
-            groups = range(unit.start, file.num_row_groups if unit.end is None else unit.end)
-            row_bytes = unit.size // max(sum(file.metadata.row_group(group).num_rows for group in groups), 1)
+            groups = range(unit.start, metadata.num_row_groups if unit.end is None else unit.end)
+            row_bytes = unit.size // max(sum(metadata.row_group(group).num_rows for group in groups), 1)
             batch_rows = min(max(BATCH_BYTES // max(row_bytes, 1), 1), 1_000)
             for batch in file.iter_batches(batch_rows, row_groups=list(groups), columns=columns):
                 batch.validate(full=True)
-                for values in zip(*(batch.column(column).to_pylist() for column in columns), strict=True):
-                    yield row, 0, dict(zip(columns, values, strict=True))
+                for values in zip(*(batch.column(column) for column in columns), strict=True):
+                    yield row, 0, {column: value.as_py() for column, value in zip(columns, values, strict=True)}
                     row += 1
-    except (pa.ArrowException, OSError) as error:
+    except (*VALUE_ERRORS, pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
         raise UnusableError(f"bad_parquet: {first_line(error)}") from None

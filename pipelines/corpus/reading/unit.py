@@ -23,9 +23,8 @@ class Unit:
     row: int = 0  # number of the first row, of parquet and datasets
     piece: int = 0  # number of this piece of a file that is one document
     size: int = 0  # bytes, to share the work out
-    modified: float = 0.0  # seconds since 1970, to know an unfinished build's files again
     dataset_split: str | None = None
-    version: str | None = None  # of a dataset: its fingerprint, where it has one
+    version: str | None = None  # changes with the content, to know an unfinished build's files and datasets again
 
 
 def document_rule(form: str, source: Source) -> str:

@@ -42,11 +42,12 @@ def stages_of(clean: Clean, index: Path | None = None) -> list[Stage]:
         ("gopher_repetition", gopher_repetition),
         ("c4_quality", c4_quality),
         ("fineweb_quality", fineweb_quality),
-        ("personal_data", redact),
     ):
         if (config := getattr(clean, name)) is not None:
             stages.append(Stage(name, partial(function, config=config)))
     if clean.decontamination is not None:
         assert index is not None
         stages.append(Stage("decontamination", partial(decontaminate, index=NgramIndex.open(index))))
+    if clean.personal_data is not None:  # after decontamination: a placeholder would hide an evaluation set's text
+        stages.append(Stage("personal_data", partial(redact, config=clean.personal_data)))
     return stages

@@ -1,8 +1,9 @@
 """Documents that hold text of an evaluation set, found by n-grams of words (GPT-3, arXiv 2005.14165, appendix C).
 
 Of each text of a set the index holds every n-gram of 13 words, and of a shorter text all its words as one n-gram. Words
-are blind to case, punctuation and white space (pipelines/corpus/ngrams.py). An entry begins with as many words as the
-shortest entry has; most places of a document are ruled out by these alone.
+are blind to case, punctuation and white space (pipelines/corpus/ngrams.py), and the texts go through the same repair of
+encoding and characters as documents. An entry begins with as many words as the shortest entry has; most places of a
+document are ruled out by these alone.
 
 Shape letters: W words, T texts, H entries of the index, S distinct beginnings of entries, K places.
 """
@@ -13,6 +14,7 @@ import csv
 import glob
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,10 +30,12 @@ from numpy.typing import NDArray
 from pipelines.corpus.ngrams import batch_word_hashes, ngram_hashes
 from pipelines.corpus.split import named_split
 from pipelines.corpus.stages import Verdict
+from pipelines.corpus.stages.characters import unify
+from pipelines.corpus.stages.encoding import repair
 from ulm import artefacts
 from ulm.errors import ConfigError, did_you_mean
 from ulm.recipes.base import resolve_path
-from ulm.recipes.corpus import Decontamination, EvaluationSet
+from ulm.recipes.corpus import Clean, Decontamination, EvaluationSet
 
 READ_TEXTS = 4_096  # hashed at a time
 SLOTS_PER_START = 16  # of the table that most places fail at: one false pass in so many
@@ -51,8 +55,13 @@ class NgramIndex:
     start_S: Hashes  # of the first lengths[0] words of all entries, ascending
 
     @classmethod
-    def build(cls, config: Decontamination, *, near: Path | None, root: Path, place: str) -> NgramIndex:
-        """The index of a recipe's sets. Raises ConfigError where one cannot be read or holds nothing to look for."""
+    def build(
+        cls, config: Decontamination, *, near: Path | None, root: Path, place: str, clean: Clean | None = None
+    ) -> NgramIndex:
+        """The index of a recipe's sets. Raises ConfigError where one cannot be read or holds nothing to look for.
+
+        `clean`: what becomes of the documents that will be looked up; None takes the defaults.
+        """
         names, sizes, words, sets = [], [], [], []
         for number, chosen in enumerate(config.sets):
             here = f"{place}.sets.{number}"
@@ -60,7 +69,7 @@ class NgramIndex:
             names.append(chosen.name or _name(chosen.path))
             longest, texts = 0, _texts(files, chosen, here)
             while batch := list(islice(texts, READ_TEXTS)):
-                words_W, offset_T1 = batch_word_hashes(batch)
+                words_W, offset_T1 = batch_word_hashes(_as_documents(batch, clean or Clean()))
                 sizes.append(np.diff(offset_T1))
                 words.append(words_W)
                 sets.append(np.full(len(batch), number, dtype=np.uint16))
@@ -148,6 +157,14 @@ def decontaminate(texts: Sequence[str], index: NgramIndex) -> list[Verdict]:
     ]
 
 
+def _as_documents(texts: Sequence[str], clean: Clean) -> list[str]:
+    """The texts with their characters as documents have them when they are looked up; no document has surrogates."""
+    texts = [text.encode(errors="replace").decode() for text in texts]
+    if clean.encoding:
+        texts = [text for text, _ in repair(texts)]
+    return [text for text, _ in unify(texts, clean)]
+
+
 def _hashes_at(words_W: Hashes, place_K: Ints, n: int) -> Hashes:
     """The hashes of the n-grams that start at some places."""
     runs = words_W[place_K[:, None] + np.arange(n)]
@@ -169,11 +186,16 @@ def _name(path: str) -> str:
 
 def _files(path: str, place: str, *, near: Path | None, root: Path) -> list[Path]:
     """The files of a set. None is passed over but hidden ones: raises ConfigError for one that cannot be read."""
-    found = [resolve_path(path, near=near, root=root)]
-    if glob.has_magic(path) and not found[0].exists():
-        found = [Path(name) for base in (found[0], root / path) for name in glob.glob(str(base), recursive=True)]
-    inside = [file for one in found for file in (one.rglob("*") if one.is_dir() else [one])]
-    files = sorted({file for file in inside if file.is_file() and not file.name.startswith(".")})
+    try:
+        found = [resolve_path(path, near=near, root=root, place=place)]
+        if glob.has_magic(path) and not found[0].exists():
+            given = os.path.expanduser(path)
+            patterns = [os.path.join(glob.escape(str(folder)), given) for folder in (near or Path.cwd(), root)]
+            found = [Path(name) for pattern in patterns for name in glob.glob(pattern, recursive=True)]
+        inside = [file for one in found for file in (one.rglob("*") if one.is_dir() else [one])]
+        files = sorted({file for file in inside if file.is_file() and not file.name.startswith(".")})
+    except (OSError, RuntimeError) as error:  # a name that is too long; ~ of a user that nobody is
+        raise ConfigError(place, f"{path[:100]!r} cannot be looked up: {error}"[:300], KINDS) from None
     if not files:
         raise ConfigError(place, f"no file at {path!r}", f"a file, a folder or a glob; {KINDS}")
     for file in files:

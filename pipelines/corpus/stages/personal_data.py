@@ -56,7 +56,7 @@ _KNOWN_KEY = re.compile(
       | github_pat_ \w{22,}
       | glpat- [\w\-]{20,}                             # GitLab
       | xox[abeoprs]- [\w\-]{10,}                      # Slack
-      | AIza [\w\-]{35}                                # Google
+      | AIza [\w\-]{35,}                               # Google
       | hf_ [A-Za-z0-9]{30,}                           # Hugging Face
       | [rs]k_live_ [A-Za-z0-9]{16,}                   # Stripe
       | eyJ [\w\-]{8,} \. eyJ [\w\-]{8,} \. [\w\-]*    # JSON web token
@@ -72,9 +72,17 @@ _SECRET_NAME = re.compile(
 _BEFORE_CHARS = 40  # of the text before a token, where its name is looked for
 _MIN_KEY_ENTROPY = 3.0  # bits a character: random hexadecimal has 3.3 at 16 digits and 4 at most
 
+MAX_PASSES = 8  # over a text; each takes what the one before laid open, prose needs two
+_WINDOW_CHARS = 1 << 14  # searched at a time
+_LONGEST_CHARS = 700  # what the pattern of an e-mail address, or of a phone number, can match and look at
+_LOOK_BACK_CHARS = 2
+
 
 def redact(texts: Sequence[str], config: PersonalData) -> list[Verdict]:
-    """The texts with a placeholder for each thing found; none is dropped, and a second pass changes nothing."""
+    """The texts with a placeholder for each thing found; none is dropped.
+
+    What they become stays as it is when redacted again, unless different kinds hide each other MAX_PASSES deep.
+    """
     return [(_redact(text, config), None) for text in texts]
 
 
@@ -86,17 +94,43 @@ def check(config: PersonalData) -> None:
 
 
 def _redact(text: str, config: PersonalData) -> str:
-    before = None
-    while text != before:  # until nothing is left: a placeholder may part what hid in a longer run
+    for _ in range(MAX_PASSES):  # until nothing is left: a placeholder may part what hid in a longer run
         before = text
         for kind in ("key", "email", "ip", "phone"):  # keys first, they may hold digits that look like the others
             if kind in config.redact:
                 text = _REDACTORS[kind](text, config)
+        if text == before:
+            break
     return text
 
 
+def _replace(text: str, pattern: re.Pattern[str], placeholder: str, length_of: Callable[[str], int]) -> str:
+    """The text with a placeholder for the first `length_of(match)` characters of each match of a bounded pattern.
+
+    Unlike in `re.sub`, a match that was replaced is no longer seen to the left of the next. So one pass takes a whole
+    run of addresses with nothing between them but a comma; windows keep its time linear.
+    """
+    parts: list[str] = []
+    replaced, at = 0, 0  # ends of what was replaced, and of what was searched
+    while at < len(text):
+        start = max(replaced, at - _LOOK_BACK_CHARS)
+        window = text[start : at + _WINDOW_CHARS]
+        end = start + len(window)
+        match = pattern.search(window, at - start)
+        if end < len(text) and (match is None or start + match.start() > end - _LONGEST_CHARS):
+            at = end - _LONGEST_CHARS  # what begins here may run on behind the window
+            continue
+        if match is None:
+            break
+        at = start + match.end()
+        if length := length_of(match[0]):
+            parts += text[replaced : start + match.start()], placeholder
+            replaced = at = start + match.start() + length
+    return "".join([*parts, text[replaced:]])
+
+
 def _emails(text: str, config: PersonalData) -> str:
-    return _EMAIL.sub("<email>", text) if _AT.search(text) else text
+    return _replace(text, _EMAIL, "<email>", len) if _AT.search(text) else text
 
 
 def _ips(text: str, config: PersonalData) -> str:
@@ -124,11 +158,7 @@ def _is_somebodys(address: str) -> bool:
 
 
 def _phones(text: str, config: PersonalData) -> str:
-    def replace(match: re.Match[str]) -> str:
-        length = _phone_chars(match[0], config.phone_region)
-        return "<phone>" + match[0][length:] if length else match[0]
-
-    return _PHONE.sub(replace, text)
+    return _replace(text, _PHONE, "<phone>", lambda candidate: _phone_chars(candidate, config.phone_region))
 
 
 def _phone_chars(candidate: str, region: str) -> int:
