@@ -187,3 +187,12 @@ def test_a_build_killed_with_9_goes_on_and_ends_with_the_same_digest(root: Path,
     assert line["digest"] == plain.digest
     assert made
     assert "read and clean 0" not in seen  # it began where the other ended
+
+
+def test_tasks_take_runs_of_items_that_become_shorter_and_none_twice() -> None:
+    items = [{"n": n} for n in range(25)]
+    runs = list(job._guided(items, 2))
+    assert [item for run in runs for item in run] == items
+    assert [len(run) for run in runs] == [7, 5, 4, 3, 2, 1, 1, 1, 1]
+    assert max(len(run) for run in job._guided([{}] * 1_000, 2)) == job.MAX_ITEMS
+    assert sorted(result["n"] for result in job.over_ray(2)(lambda item: item, items)) == list(range(25))
