@@ -284,8 +284,10 @@ def _clean(build: Build) -> dict[str, Any]:
 def _clean_settings(build: Build) -> dict[str, Any]:
     """The settings of cleaning as another recipe can take them over: with whole paths."""
     settings = build.clean.model_dump(mode="json")
-    for evaluation in (settings["decontamination"] or {}).get("sets", ()):
-        evaluation["path"] = str(resolve_path(evaluation["path"], near=build.near, root=build.root).absolute())
+    for number, evaluation in enumerate((settings["decontamination"] or {}).get("sets", ())):
+        place = f"clean.decontamination.sets.{number}.path"
+        path = resolve_path(evaluation["path"], near=build.near, root=build.root, place=place)
+        evaluation["path"] = str(path.absolute())
     return settings
 
 
