@@ -152,17 +152,17 @@ class _Publisher:
             ],
             "clean": _clean(build),
             "split": build.split.model_dump(),
-            "exclude": sorted(recipe.exclude),
+            "exclude": sorted({*recipe.exclude, *build.inherited_exclude()}),
             "tokenizer": self.tokenizer.digest,
             "documents": artefacts.digest_json(order),
             "shards": self._digests(),
         }
         if build.base is not None:
             content["base"] = build.base.digest
-        as_stored: dict[str, Any] = json.loads(
+        as_read: dict[str, Any] = json.loads(
             json.dumps(content)
-        )  # the digest is over what is read back: keys are text
-        return as_stored
+        )  # what the digest will be compared with: keys are text
+        return as_read
 
     def _digests(self) -> dict[str, str]:
         return {name: digest for shard in self.shards.values() for name, digest in shard.digests.items()}

@@ -176,7 +176,7 @@ class Build:
             for account in accounts:
                 for stage, tally in account["stages"].items():
                     self._count(stage, tally["cpu_seconds"])
-            self.judged.exclude(self.recipe.exclude, self._inherited_exclude())
+            self.judged.exclude(self.recipe.exclude, self.inherited_exclude())
             if self.clean.duplicate_exact:
                 self.judged.drop_exact_duplicates()
         if self.clean.duplicate_near is not None:
@@ -187,7 +187,7 @@ class Build:
             work.finished(self.work)
             raise CorpusError(nothing_left(self.listing, self.judged))
 
-    def _inherited_exclude(self) -> list[str]:
+    def inherited_exclude(self) -> list[str]:
         """What the corpus that is extended excludes; a document of its own can only be excluded by building it anew."""
         if self.base is None:
             return []

@@ -345,6 +345,9 @@ def test_what_a_corpus_excludes_does_not_come_back_when_it_is_extended(texts: Pa
     assert texts_of(corpus)[-1] == prose(77)
     assert corpus.documents.num_rows == 10
     assert gone not in corpus.documents["id"].to_pylist()
+    (texts / "last.jsonl").write_text(json.dumps({"text": prose(78)}) + "\n")
+    again = extended(root, corpus.digest, {"path": str(texts)})  # nor when that one is extended
+    assert (texts_of(again)[-1], again.documents.num_rows) == (prose(78), 11)
     held = base.documents["id"][0].as_py()
     with pytest.raises(ConfigError, match=f"exclude.0: {held} is in the corpus that is extended"):
         extended(root, base.digest, {"path": str(texts)}, exclude=[held])
