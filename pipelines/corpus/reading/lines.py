@@ -82,7 +82,8 @@ def paragraphs(blocks: Iterator[bytes], first: int, max_bytes: int) -> Iterator[
             is_between = taken >= open_end
         for end in _PARAGRAPH_END_BYTES.finditer(held, searched):
             is_between = end.end() >= open_end
-            yield from _cut(held[taken : end.start()].removesuffix(b"\r"), offset + taken, piece, max_bytes)
+            content = bytes(held[taken : end.start()].removesuffix(b"\r"))
+            yield from pieces(iter([content]), offset + taken, piece, max_bytes)
             taken, piece = end.end(), 0
         if block is None:
             break
@@ -93,7 +94,7 @@ def paragraphs(blocks: Iterator[bytes], first: int, max_bytes: int) -> Iterator[
         del held[:taken]
         offset += taken
         searched = len(held.rstrip(_BETWEEN))
-    yield from _cut(held[taken:], offset + taken, piece, max_bytes)
+    yield from pieces(iter([bytes(held[taken:])]), offset + taken, piece, max_bytes)
 
 
 def split_paragraphs(text: str) -> list[str]:
@@ -113,15 +114,6 @@ def pieces(blocks: Iterator[bytes], first: int, piece: int, max_bytes: int) -> I
             del held[:border]
             offset, piece = offset + border, piece + 1
     yield offset, piece, bytes(held)
-
-
-def _cut(content: bytearray, offset: int, piece: int, max_bytes: int) -> Iterator[Piece]:
-    while len(content) > max_bytes:
-        border = char_border(content, max_bytes)
-        yield offset, piece, bytes(content[:border])
-        del content[:border]
-        offset, piece = offset + border, piece + 1
-    yield offset, piece, bytes(content)
 
 
 def _behind_newline(blocks: Iterator[bytes], at: int, end: int | None) -> tuple[int, Iterator[bytes]]:
