@@ -65,7 +65,9 @@ class _Publisher:
         root, base = self.build.root, self.build.base
         for name in base.manifest["content"]["shards"] if base else ():
             _link(base.folder / name, self.folder / name)  # type: ignore[union-attr]
-        manifest["files"] = artefacts.digest_files(self.folder)
+        known = self._digests()  # of shards, taken as they were written: they are not read again
+        names = sorted(file.name for file in self.folder.iterdir())
+        manifest["files"] = {name: known.get(name) or artefacts.digest_file(self.folder / name) for name in names}
         place = root / "corpora" / digest
         with artefacts.shared_lock(root):  # so that `ulm gc` never sees it without its name
             _remove_damaged(place)
