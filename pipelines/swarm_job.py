@@ -54,7 +54,7 @@ def train_swarm(
     for task in tasks:
         folder.check(task)
         folder.write_recipe(task, recipe)
-    stages = [Stage((plan.seed,)), Stage(tuple(tasks[1:]), side_by_side=recipe.train.workers == 1)]
+    stages = [Stage((plan.seed,)), Stage(tuple(tasks[1:]), side_by_side=max(recipe.train.worker_counts) == 1)]
     workers, resources = _room(recipe, plan)
     with job.stopping([task.folder for task in tasks]):
         lines = job.run_stages(stages, name=recipe.name, workers=workers, resources=resources, on_progress=report)
@@ -74,7 +74,7 @@ def _room(recipe: SwarmRecipe, plan: Plan) -> tuple[int, Resources]:
     given, gpus_per_worker = recipe.resources, recipe.resources.gpus_per_worker
     if gpus_per_worker is None:
         gpus_per_worker = 1.0 if gpus >= 1 else 0.0
-    workers = recipe.train.workers
+    workers = max(recipe.train.worker_counts)
     if workers == 1:
         steps = [task.num_steps for task in plan.tasks()[1:]]
         fit = cpus / (given.cpus_per_worker or 1.0)

@@ -59,7 +59,7 @@ def plan_swarm(
     if expert_steps < 1 or seed_steps < 1:
         problem = f"{whole.num_steps} steps are too few for a seed and {recipe.experts} experts"
         raise ConfigError("train", problem, f"at least {4 * recipe.experts} steps, or fewer experts")
-    if recipe.parallel and recipe.train.workers > 1:
+    if recipe.parallel and max(recipe.train.worker_counts) > 1:
         problem = f"runs go side by side with one worker each, but train.workers is {recipe.train.workers}"
         raise ConfigError("parallel", problem, "give one of the two")
     corpus = Corpus.read(whole.corpus, verify=False)  # `resolve` has read all of it
@@ -70,7 +70,8 @@ def plan_swarm(
         schedule = configure("schedule", fields)
         return replace(whole, run=name, folder=root / "runs" / name, num_steps=num_steps, schedule=schedule, **changes)
 
-    seed = run(SEED, seed_steps, 0.0)
+    to_its_end = whole.recipe.model_copy(update={"early_stopping": None})  # all others begin where it ends
+    seed = run(SEED, seed_steps, 0.0, recipe=to_its_end)
     from_seed = store.step_folder(seed.folder, seed_steps)  # where its last checkpoint will be
 
     def experts(letter: str, clusters: Clusters) -> dict[str, TrainTask]:

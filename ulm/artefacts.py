@@ -15,7 +15,7 @@ import reprlib
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,18 @@ def exclusive_lock(root: Path) -> Iterator[None]:
     """Nobody holds the `shared_lock` of the root in the block; waits for those who do."""
     with _locked(root, os.O_RDWR, fcntl.LOCK_EX):
         yield
+
+
+@contextmanager
+def try_lock(folder: Path) -> Iterator[bool]:
+    """Whether this process has the folder's lock in the block, without waiting; a process that ends gives it up."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(_locked(folder, os.O_RDWR, fcntl.LOCK_EX | fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 @contextmanager

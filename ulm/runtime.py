@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
+import time
+from functools import cache
+from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,6 +74,64 @@ def has_fast_bfloat16(where: torch.device) -> bool:
         return torch.cuda.get_device_capability(where) >= (8, 0)
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private names: absent means unknown, so False
     return where.type == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes)
+
+
+def precision(wanted: str, where: torch.device) -> str:
+    """What `auto` means on a device: bfloat16 where it is native, float16 on older GPUs, else float32."""
+    if wanted != "auto":
+        return wanted
+    if has_fast_bfloat16(where):
+        return "bfloat16"
+    return "float16" if where.type == "cuda" else "float32"
+
+
+# Dense matrix products in bfloat16 or float16, from NVIDIA's data sheets; a name may be part of the device's.
+GPU_PEAK_FLOPS = {
+    "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "A10G": 70e12, "A10": 125e12, "L4": 121e12,
+    "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 4080": 97e12, "RTX 4070": 58e12, "RTX 3090": 71e12, "RTX 3080": 59e12,
+}  # fmt: skip
+PROBE_SIZE = 2048
+
+
+@cache
+def peak_flops(where: torch.device, precision: str) -> float:
+    """Floating-point operations a second that the device can do: a data sheet's, else of a 2,048-cubed product here.
+
+    Of a CPU it is what this process's threads reach now; another program on the machine makes it less.
+    """
+    import torch
+
+    dtype = {"float32": torch.float32, "float16": torch.float16}.get(precision, torch.bfloat16)
+    if where.type == "cuda" and dtype != torch.float32:
+        name = torch.cuda.get_device_name(where)
+        for known, flops in GPU_PEAK_FLOPS.items():
+            if known in name:
+                return flops
+    a, b = (torch.full((PROBE_SIZE, PROBE_SIZE), 0.5, dtype=dtype, device=where) for _ in range(2))
+    a @ b
+    times_s = []
+    for _ in range(3):
+        synchronize(where)
+        started_s = time.perf_counter()
+        a @ b
+        synchronize(where)
+        times_s.append(time.perf_counter() - started_s)
+    return 2 * PROBE_SIZE**3 / min(times_s)
+
+
+def synchronize(where: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    import torch
+
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)
+
+
+def can_compile(where: torch.device) -> bool:
+    """Whether torch.compile has what it needs: a C++ compiler for the CPU, Triton for CUDA."""
+    if where.type == "cuda":
+        return util.find_spec("triton") is not None
+    return where.type == "cpu" and shutil.which(os.environ.get("CXX") or "g++") is not None
 
 
 def gpu_bytes() -> int:

@@ -25,8 +25,10 @@ class StepFigures:
     tokens_per_second: float
     batch_digest: str
     lr: float
-    grad_norm: float  # before clipping
+    grad_norm: float | None  # before clipping; None: not finite in float16, and no weight was changed
     data_wait_s: float
+    mfu: float  # operations done of those that the workers' devices could have done: ulm.runtime.peak_flops
+    memory_bytes: int  # of rank 0: allocated on its GPU, else resident
     val_loss: float | None = None  # nats per target
     bits_per_byte: float | None = None
 

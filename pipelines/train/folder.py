@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,11 @@ from pipelines.train import figures
 from pipelines.train.task import TrainTask
 from ulm import artefacts
 from ulm.checkpoints import store
-from ulm.errors import ConfigError
+from ulm.errors import ClusterError, ConfigError
 from ulm.recipes.train import TrainingRecipe
 
+LOG = "log"  # what the run's first worker logs
+LOCK_WAIT_S = 60.0
 TASK = "task.json"  # the identity of the task that the folder belongs to
 WARM_UP_STEPS = 20  # left out of a run's tokens per second
 
@@ -43,6 +48,22 @@ def claim(task: TrainTask) -> None:
         artefacts.write_json(task.folder / TASK, task.identity())
 
 
+def check_workers(task: TrainTask, counts: range) -> None:
+    """ConfigError where one of these numbers of workers cannot share the rows of a global batch equally."""
+    for workers in counts:
+        if task.rows_per_batch % workers:
+            problem = f"{workers} workers cannot share the {task.rows_per_batch} rows of a global batch equally"
+            fitting = [n for n in range(1, max(counts) + 1) if task.rows_per_batch % n == 0]
+            remedy = f"{' or '.join(map(str, fitting))}, or another batch_tokens (rows x context_tokens)"
+            raise ConfigError("train.workers", problem, remedy)
+
+
+def name_model(task: TrainTask, root: Path) -> None:
+    """Give a finished run's result its name under models/."""
+    if is_finished(task) and (place := result(task)) is not None:
+        artefacts.point(root / "models" / task.run, place)
+
+
 def write_recipe(task: TrainTask, recipe: TrainingRecipe) -> None:
     """The recipe that the run came from, with the corpus by its digest, unless it is there already."""
     if not (task.folder / "recipe.yaml").is_file():
@@ -53,22 +74,53 @@ def write_recipe(task: TrainTask, recipe: TrainingRecipe) -> None:
 def newest_step(task: TrainTask) -> tuple[Path | None, int]:
     """The newest whole checkpoint and its step; (None, 0) before there is one."""
     newest = store.newest(task.folder)
-    return newest, int(newest.name.removeprefix("step-")) if newest else 0
+    return newest, store.step_of(newest) if newest else 0
 
 
 def is_finished(task: TrainTask) -> bool:
-    """Whether the task's last step has been saved."""
-    return newest_step(task)[1] >= task.num_steps
+    """Whether the task's last step has been saved, or the one after which it was stopped early."""
+    newest, step = newest_step(task)
+    return step >= task.num_steps or (newest is not None and bool(store.read_state(newest).get("ended")))
+
+
+def result(task: TrainTask) -> Path | None:
+    """The checkpoint that a run is for: its newest, or its best where it was to stop early."""
+    best = store.best(task.folder) if task.recipe.early_stopping else []
+    return best[0] if best else store.newest(task.folder)
+
+
+@contextmanager
+def held(task: TrainTask) -> Iterator[None]:
+    """The run's folder for this process alone, and what it logs in the folder's file.
+
+    Waits some seconds: the worker of a driver that was killed may need them to end. ClusterError when it is not free.
+    """
+    task.folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        deadline_s = time.monotonic() + LOCK_WAIT_S
+        while not stack.enter_context(artefacts.try_lock(task.folder)):
+            if time.monotonic() > deadline_s:
+                problem = f"{task.run}: another process is training this run"
+                raise ClusterError(f"{problem}; wait for it, or end it with `ulm runs cancel {task.run}`")
+            time.sleep(0.2)
+        handler = logging.FileHandler(task.folder / LOG, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger = logging.getLogger("pipelines")
+        logger.addHandler(handler)
+        stack.callback(handler.close)
+        stack.callback(logger.removeHandler, handler)
+        yield
 
 
 def last_line(task: TrainTask) -> dict[str, Any]:
     """Where a run stands, as `ulm train` ends: with `status: interrupted` when it has not reached its end."""
-    checkpoint, step = newest_step(task)
+    checkpoint = result(task) if is_finished(task) else newest_step(task)[0]
+    step = store.step_of(checkpoint) if checkpoint else 0
     line = {"run": task.run, "checkpoint": str(checkpoint) if checkpoint else None, "step": step}
-    if step < task.num_steps:
+    if not is_finished(task):
         return {"status": "interrupted", **line}
     lines = list(figures.read(task.folder))
-    last = lines[-1] if lines else {}
+    last: dict[str, Any] = next((found for found in reversed(lines) if found["step"] == step), {})
     ends = {"loss": last.get("loss"), "bits_per_byte": last.get("bits_per_byte")}
     return {**line, **ends, "tokens_per_second": _tokens_per_second(lines)}
 

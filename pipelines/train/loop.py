@@ -9,27 +9,27 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipelines.train import folder, validation
-from pipelines.train.feed import Feed, WorkerBatch
+from pipelines.train import events, folder, samples, validation
+from pipelines.train.feed import Feed
 from pipelines.train.figures import MetricsFile, StepFigures
+from pipelines.train.guard import Tripped
 from pipelines.train.run import Run
 from pipelines.train.task import TrainTask
+from pipelines.train.trackers import Trackers
 from ulm import registry, runtime
 from ulm.checkpoints import store
 from ulm.errors import TrainingError
+from ulm.models.account import train_flops_per_token
 
-# Activations that the backward pass needs, per token, layer and unit of d_model, with room for the feed-forward layer.
-ACTIVATION_BYTES = 120
-CPU_ACTIVATIONS = 512e6  # several runs go side by side on one small machine
-GPU_SHARE = 0.5  # of the GPU's memory; weights, gradients and optimizer take the rest
+SMALLEST_SCALE = 1e-4  # of a float16 loss; below, it is the model that is not finite, not the format
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,15 @@ class Result:
     step: int
     checkpoint: Path | None
     stopped: bool = False
+
+
+@dataclass(frozen=True)
+class Edges:
+    """What the loop tells those around it, and asks them."""
+
+    on_step: Callable[[StepFigures], None]
+    on_checkpoint: Callable[[Path], None]
+    should_stop: Callable[[], bool]
 
 
 def train(
@@ -51,115 +60,190 @@ def train(
     on_checkpoint: Callable[[Path], None] = lambda place: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Result:
-    """Train to the task's last step, from the run's newest whole checkpoint if there is one.
+    """Train to the task's last step, from the run's newest undamaged checkpoint if there is one.
 
-    Every rank calls `on_checkpoint` after each save; only rank 0 writes and calls `on_step`. `should_stop` on any
-    rank makes all of them save after the step they are in and return. TrainingError when the loss is not finite.
+    Only rank 0 writes, and calls `on_step`; every rank calls `on_checkpoint`, in the same step, once a checkpoint is
+    whole. `should_stop` on any rank makes all of them save after the step they are in and return. A step that trips
+    the guard sends all ranks back to a checkpoint, at a lower rate; TrainingError when that has happened too often, or
+    when a checkpoint cannot be written.
     """
-    if rank == 0:
-        folder.claim(task)
-    if folder.is_finished(task):
-        return Result(task.num_steps, store.newest(task.folder))
-    run = Run.open(task, rank, world_size, device or runtime.device())
-    metrics = MetricsFile(task.folder, run.step) if rank == 0 else None
-    with run.feed() as feed, metrics or nullcontext():
+    edges = Edges(on_step, on_checkpoint, should_stop)
+    with ExitStack() as stack:
+        if rank == 0:
+            stack.enter_context(folder.held(task))
+            folder.claim(task)
+        if folder.is_finished(task):
+            return Result(folder.newest_step(task)[1], store.newest(task.folder))
+        back = _Back(task)
+        while True:
+            run = Run.open(task, rank, world_size, device or runtime.device())
+            run.lr_scale = min(run.lr_scale, back.lr_scale)
+            try:
+                with run:
+                    return _train_on(run, edges)
+            except Tripped as tripped:
+                back.go(run, tripped)
+
+
+class _Back:
+    """Going back to a good checkpoint, further each time that the same stretch of steps fails again."""
+
+    def __init__(self, task: TrainTask) -> None:
+        self._config, self._times, self._checkpoints, self._last_step = task.recipe.guard, 0, 0, -1
+        self.lr_scale = 1.0
+
+    def go(self, run: Run, tripped: Tripped) -> None:
+        """Leave the checkpoint to go on from as the newest; TrainingError when it has been tried often enough."""
+        newest = store.newest(run.task.folder)
+        kept = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
+        remedy = "a lower optimizer.lr or a longer warm-up usually helps"
+        self._times += 1
+        if self._times > self._config.rollbacks:
+            raise TrainingError(f"{run.task.run}: step {tripped.step}: {tripped}; {kept}; {remedy}") from None
+        self._checkpoints = self._checkpoints + 1 if tripped.step <= self._last_step else 1
+        self._last_step = tripped.step
+        self.lr_scale = run.lr_scale * self._config.lr_factor
+        if run.rank == 0:
+            whole = store.whole_steps(run.task.folder)
+            for bad in whole[len(whole) - self._checkpoints + 1 :]:
+                store.remove(bad)
+            newest = store.newest(run.task.folder)
+            target = newest.name if newest else "the beginning"
+            text = f"{tripped}; going back to {target}, from there with {self.lr_scale:g} of the rate"
+            events.say(run.task.folder, tripped.step, "rollback", text)
+        run.agree(0)
+
+
+def _train_on(run: Run, edges: Edges) -> Result:
+    """Train from where the run stands to its end, or until it is asked to stop. Raises Tripped."""
+    task, is_first = run.task, run.rank == 0
+    flops_per_token = train_flops_per_token(run.model, task.spec.context_tokens)
+    peak_flops = runtime.peak_flops(run.device, run.updater.precision) * run.world_size if is_first else 0.0
+    with ExitStack() as stack:
+        feed = stack.enter_context(run.feed())
+        metrics = stack.enter_context(MetricsFile(task.folder, run.step)) if is_first else None
+        trackers = stack.enter_context(Trackers(task)) if is_first else None
+        stopped = run.add_over_ranks(torch.tensor(float(edges.should_stop()), device=run.device)).item() > 0
         clock = time.perf_counter()
-        stopped = run.add_over_ranks(torch.tensor(float(should_stop()), device=run.device)).item() > 0
-        while run.step < task.num_steps and not stopped:
-            step, stop = _update(run, feed, should_stop)
+        while run.step < task.num_steps and not run.ended and not stopped:
+            step, asked = _update(run, feed, edges)
             seconds = time.perf_counter() - clock  # since the step before ended: data, logging and Ray included
             held_out = _evaluate(run)
-            if metrics is not None:
-                figures = StepFigures(tokens_per_second=step["step_tokens"] / seconds, **step, **held_out)
+            is_best = bool(held_out) and _is_best(run, held_out["val_loss"])
+            if metrics is not None and trackers is not None:
+                rate = step["step_tokens"] / seconds
+                figures = StepFigures(
+                    tokens_per_second=rate,
+                    mfu=rate * flops_per_token / peak_flops,
+                    memory_bytes=runtime.gpu_bytes() or runtime.rss_bytes(),
+                    **step,
+                    **held_out,
+                )
                 metrics.write(figures)
-                on_step(figures)
-            stopped = stop and run.step < task.num_steps
-            saved = stopped or run.step == task.num_steps or _due(run.step, task.checkpoint_every_steps)
-            if saved:
-                on_checkpoint(run.save())
-            clock = time.perf_counter() if saved or held_out else clock + seconds
+                trackers.step(figures)
+                edges.on_step(figures)
+            stopped = asked.stop and run.step < task.num_steps and not run.ended
+            if asked.saved is not None:
+                edges.on_checkpoint(asked.saved)
+            sampled = is_first and _sample(run, trackers, evaluated=bool(held_out))
+            is_last = stopped or run.step == task.num_steps or run.ended is not None
+            due = _due(run.step, task.train.checkpoint_every_steps) or asked.save
+            if is_last or due or (is_best and task.train.keep_best > 0):
+                run.save(held_out.get("val_loss"))
+            clock = time.perf_counter() if held_out or sampled else clock + seconds
+        run.saver.wait()
+        saved = run.saver.done()
+    if step_saved := run.agree(store.step_of(saved) if saved else 0):  # when this returns it is whole for all ranks
+        edges.on_checkpoint(store.step_folder(task.folder, step_saved))
     return Result(run.step, store.newest(task.folder), stopped)
 
 
-def _update(run: Run, feed: Feed, should_stop: Callable[[], bool]) -> tuple[dict[str, Any], bool]:
-    """One step of the optimizer, as fields of StepFigures, and whether any rank was asked to stop."""
-    task, asked = run.task, time.perf_counter()
+@dataclass(frozen=True)
+class _Asked:
+    """What came up in a step on any rank, known to all of them after it."""
+
+    stop: bool  # save and return
+    save: bool  # the clock says that it is time
+    saved: Path | None  # this checkpoint is whole now
+
+
+def _update(run: Run, feed: Feed, edges: Edges) -> tuple[dict[str, Any], _Asked]:
+    """One step of the optimizer, as fields of StepFigures, and what was asked for meanwhile. Raises Tripped."""
+    task, asked_s = run.task, time.perf_counter()
     batch = feed.next()
-    data_wait_s = time.perf_counter() - asked
+    data_wait_s = time.perf_counter() - asked_s
     # Random numbers (dropout) are a function of seed, step and rank: nothing to store, nothing to replay.
-    torch.manual_seed(_seed(task.seed, run.step, run.rank))
+    torch.manual_seed(_seed(task.train.seed, run.step, run.rank))
     share = registry.find("schedule", task.schedule.kind).share(task.schedule, run.step, task.num_steps)
-    lr = task.optimizer.lr * share  # type: ignore[attr-defined]
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    nats = _accumulate_gradients(run, batch)
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), task.clip_norm).detach().float()
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    sums = run.add_over_ranks(torch.stack([nats, torch.tensor(float(should_stop()), device=run.device)]))
-    total_nats, stops, grad_norm = torch.cat([sums, norm.reshape(1)]).tolist()  # the step's one wait for the device
-    run.step, run.tokens, loss = run.step + 1, run.tokens + batch.num_targets, total_nats / batch.num_targets
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise _not_finite(run, loss, grad_norm)
+    nats, norm = run.updater.update(batch, share * run.lr_scale)
+    run.step, run.tokens = run.step + 1, run.tokens + batch.num_targets
+    run.follow_average()
+    sums = run.add_over_ranks(torch.cat([nats.reshape(1), _signals(run, edges).to(run.device)]))
+    total, stop, save, saved, grad_norm = torch.cat([sums, norm.reshape(1)]).tolist()  # the step's one wait
+    loss = total / batch.num_targets
+    if run.updater.scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(grad_norm):
+        grad_norm = None  # no weight has changed: the scale of the loss was too large for float16
+        if run.updater.scaler.get_scale() < SMALLEST_SCALE:
+            raise Tripped(run.step, "no scale keeps the gradient finite in float16")
+    else:
+        run.watch.see(run.step, loss, grad_norm)
     return {
         "step": run.step,
         "loss": loss,
         "tokens": run.tokens,
         "step_tokens": batch.num_targets,
         "batch_digest": batch.digest,
-        "lr": lr,
+        "lr": task.optimizer.lr * share * run.lr_scale,  # type: ignore[attr-defined]
         "grad_norm": grad_norm,
         "data_wait_s": data_wait_s,
-    }, stops > 0
+    }, _Asked(stop > 0, save > 0, store.step_folder(task.folder, int(saved)) if saved else None)
 
 
-def _accumulate_gradients(run: Run, batch: WorkerBatch) -> Tensor:
-    """Gradient of the global batch's mean loss, micro-batch by micro-batch; returns this worker's summed nats."""
-    scale = run.world_size / batch.num_targets  # DistributedDataParallel takes the mean over workers
-    rows = run.task.micro_batch_rows or _rows_that_fit(run)
-    parts = list(zip(torch.split(batch.inputs_BT, rows), torch.split(batch.targets_BT, rows), strict=True))
-    total = torch.zeros((), device=run.device)
-    for number, (inputs_BT, targets_BT) in enumerate(parts):
-        is_last = number == len(parts) - 1
-        with nullcontext() if is_last or run.world_size == 1 else run.objective.no_sync():
-            with _precision(run):
-                nats = run.objective(inputs_BT, targets_BT)
-            (nats * scale).backward()
-        total += nats.detach()
-    return total
-
-
-def _rows_that_fit(run: Run) -> int:
-    spec = run.task.spec
-    per_row = ACTIVATION_BYTES * spec.num_layers * spec.d_model * spec.context_tokens
-    on_gpu = run.device.type == "cuda"
-    room = GPU_SHARE * torch.cuda.get_device_properties(run.device).total_memory if on_gpu else CPU_ACTIVATIONS
-    return max(1, int(room / per_row))
-
-
-def _precision(run: Run) -> torch.autocast:
-    wanted = run.task.precision
-    bfloat16 = wanted == "bfloat16" or (wanted == "auto" and runtime.has_fast_bfloat16(run.device))
-    return torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=bfloat16)
+def _signals(run: Run, edges: Edges) -> Tensor:
+    """What a rank has to tell the others: stop, save, and (of rank 0, the only writer) the step that is saved now."""
+    saved = run.saver.done()
+    by_the_clock = run.rank == 0 and run.task.train.checkpoint_every_steps is None and run.saver.is_due()
+    step = 0 if saved is None else store.step_of(saved)
+    return torch.tensor([float(edges.should_stop()), float(by_the_clock), float(step)])
 
 
 def _evaluate(run: Run) -> dict[str, Any]:
     """val_loss and bits_per_byte where an evaluation is due, else nothing."""
-    due = run.step == run.task.num_steps or _due(run.step, run.task.eval_every_steps)
+    due = run.step == run.task.num_steps or _due(run.step, run.task.train.eval_every_steps)
     if not due or run.held_out is None:
         return {}
-    with _precision(run):
+    with run.served_weights(), run.updater.autocast(), eagerly(run):
         sums = run.held_out.score(run.model, run.device, run.rank, run.world_size)
     return validation.figures(run.add_over_ranks(sums.to(run.device)))
 
 
-def _not_finite(run: Run, loss: float, grad_norm: float) -> TrainingError:
-    newest = store.newest(run.task.folder)
-    kept = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
-    return TrainingError(
-        f"{run.task.run}: step {run.step}: loss {loss}, gradient norm {grad_norm}: not finite; {kept}; "
-        "a lower optimizer.lr or a longer warm-up usually helps"
-    )
+def eagerly(run: Run) -> Any:
+    """A block in which compiled layers run as they are written: other shapes would be compiled anew."""
+    return torch.compiler.set_stance("force_eager") if run.updater.compiled else nullcontext()
+
+
+def _is_best(run: Run, val_loss: float) -> bool:
+    """Take note of an evaluation; may end the run early."""
+    early = run.task.recipe.early_stopping
+    is_best = run.best.see(val_loss, run.step, early.min_improvement if early else 0.0)
+    if early and run.best.evaluations_since >= early.patience and run.step < run.task.num_steps:
+        run.ended = "early stopping"
+        if run.rank == 0:
+            best = f"the best is {run.best.val_loss:.4f} after step {run.best.step}"
+            run.say("end", f"val_loss has not fallen for {early.patience} evaluations; {best}")
+    return is_best
+
+
+def _sample(run: Run, trackers: Trackers | None, *, evaluated: bool) -> bool:
+    """Have the model write where that is due; whether it did."""
+    config = run.task.recipe.samples
+    due = evaluated if config.every_steps is None else _due(run.step, config.every_steps)
+    if not due or not config.prompts or trackers is None:
+        return False
+    with run.served_weights(), eagerly(run):
+        for sample in samples.write(run.task, run.step, run.model, run.rows.corpus.tokenizer):
+            trackers.sample(sample)
+    return True
 
 
 def _due(step: int, every: int | None) -> bool:

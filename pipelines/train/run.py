@@ -3,42 +3,48 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
+from pipelines.train import events, folder
 from pipelines.train.feed import Feed
+from pipelines.train.guard import Watch
+from pipelines.train.rows import Rows
+from pipelines.train.saver import Saver
 from pipelines.train.task import TrainTask
+from pipelines.train.update import Updater
 from pipelines.train.validation import HeldOut
 from ulm import registry
 from ulm.checkpoints import store
-from ulm.components.loss import summed_nats
-from ulm.corpus.manifest import Corpus
-from ulm.corpus.order import Order
 from ulm.corpus.rows import RowPlan
-from ulm.errors import ConfigError
+from ulm.errors import ArtefactError
 from ulm.models.decoder import build
 
 log = logging.getLogger(__name__)
 
-KEEP_CHECKPOINTS = 5  # of a run; older ones are removed
 
+@dataclass
+class Best:
+    """The lowest val_loss so far, and the evaluations since it last fell by enough."""
 
-class Objective(nn.Module):
-    """Model and loss in one forward, so that DistributedDataParallel sees both."""
+    val_loss: float = float("inf")
+    step: int = 0
+    evaluations_since: int = 0
 
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Summed nats of a micro-batch."""
-        return summed_nats(self.model.hidden(inputs_BT), targets_BT, self.model.head, self.model.vocab_size)
+    def see(self, val_loss: float, step: int, min_improvement: float) -> bool:
+        """Whether this evaluation is the best so far."""
+        improved = val_loss < self.val_loss - min_improvement
+        self.evaluations_since = 0 if improved else self.evaluations_since + 1
+        if is_best := val_loss < self.val_loss:
+            self.val_loss, self.step = val_loss, step
+        return is_best
 
 
 @dataclass
@@ -49,50 +55,88 @@ class Run:
     rank: int
     world_size: int
     device: torch.device
-    corpus: Corpus
-    plan: RowPlan
+    rows: Rows
     model: Any
     optimizer: torch.optim.Optimizer
-    objective: Any  # Objective, or DistributedDataParallel of it
+    updater: Updater
     held_out: HeldOut | None
     init_digest: str | None
+    saver: Saver
+    watch: Watch
+    average: dict[str, Tensor] | None = None  # of the weights, as store.tensors names them
     step: int = 0
     tokens: int = 0
+    lr_scale: float = 1.0  # below 1 after a rollback
+    best: Best = field(default_factory=Best)
+    ended: str | None = None  # why the run is over before its last step
 
     @classmethod
     def open(cls, task: TrainTask, rank: int, world_size: int, device: torch.device) -> Run:
-        """The run where its newest whole checkpoint left it, else at its beginning."""
-        if task.rows_per_batch % world_size:
-            problem = f"{world_size} workers cannot share the {task.rows_per_batch} rows of a global batch equally"
-            raise ConfigError("train.workers", problem, "a divisor of batch_tokens / context_tokens")
-        corpus, documents = Corpus.open(str(task.corpus), verify=False), task.chosen_documents()
-        context_tokens = task.spec.context_tokens
-        plan = RowPlan.make(corpus, "train", context_tokens=context_tokens, seed=task.seed, documents=documents)
-        if not plan.num_rows:
-            raise ConfigError("corpus", f"{task.corpus} has no training documents among those chosen", "give it some")
-        val = RowPlan.make(corpus, "val", context_tokens=context_tokens, documents=documents)
-        model = build(task.spec, seed=task.seed).to(device)
+        """The run where its newest undamaged checkpoint left it, else at its beginning."""
+        folder.check_workers(task, range(world_size, world_size + 1))
+        rows = Rows.of(task)
+        val = RowPlan.make(
+            rows.corpus, "val", context_tokens=task.spec.context_tokens, documents=task.chosen_documents()
+        )
+        model = build(task.spec, seed=task.train.seed).to(device)
+        if task.train.precision == "pure_bfloat16":
+            for parameter in model.parameters():  # buffers, such as tables of angles, stay exact
+                parameter.data = parameter.data.to(torch.bfloat16)
         init_digest = store.load_weights(model, task.init_from).digest if task.init_from else None
         lr = task.optimizer.lr  # type: ignore[attr-defined]
         optimizer = registry.find("optimizer", task.optimizer.kind).build(task.optimizer, model, lr)
-        held_out = HeldOut.of(val, corpus.tokenizer, task.eval_tokens)
         run = cls(
-            task, rank, world_size, device, corpus, plan, model, optimizer, Objective(model), held_out, init_digest
+            task=task,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+            rows=rows,
+            model=model,
+            optimizer=optimizer,
+            updater=Updater(task, model, optimizer, device, world_size),
+            held_out=HeldOut.of(val, rows.corpus.tokenizer, task.train.eval_tokens),
+            init_digest=init_digest,
+            saver=Saver(task.folder, task.train.keep_last, task.train.keep_best),
+            watch=Watch(task.recipe.guard),
         )
+        if task.train.ema_decay is not None:
+            run.average = {name: tensor.clone() for name, tensor in store.tensors(model).items()}
         run._resume()
-        if world_size > 1:
-            ids = [device] if device.type == "cuda" else None
-            run.objective = DistributedDataParallel(run.objective, device_ids=ids)
-        padding = 100 * plan.padding_share
-        log.info("%s: %d rows, %.1f %% padding, from step %d", task.run, plan.num_rows, padding, run.step)
+        if rank == 0:
+            run._say_start()
         return run
 
+    def _say_start(self) -> None:
+        how = [self.updater.precision, f"micro-batches of {self.updater.micro_batch_rows} rows"]
+        how += ["compiled"] if self.updater.compiled else []
+        workers = f"{self.world_size} worker{'s' if self.world_size > 1 else ''}"
+        self.say(
+            "resume" if self.step else "start",
+            f"{workers} on {self.device}, {', '.join(how)}; {self.rows.plan.num_rows:,} rows, "
+            f"{100 * self.rows.plan.padding_share:.1f} % padding",
+        )
+
+    def say(self, kind: str, text: str) -> None:
+        """Tell an event of the run."""
+        events.say(self.task.folder, self.step, kind, text)
+
     def _resume(self) -> None:
-        newest = store.newest(self.task.folder)
-        if newest is None:
+        """Take up the newest checkpoint that is whole and undamaged; rank 0 looks, and the others follow it."""
+        found = self.agree(_newest_undamaged(self.task.folder) if self.rank == 0 else 0)
+        if not found:
             return
-        state = store.load_training(self.model, self.optimizer, newest)
-        self.step, self.tokens = state["step"], state["tokens"]
+        state = store.load_training(self.model, self.optimizer, store.step_folder(self.task.folder, found))
+        if self.average is not None:
+            served = store.read_weights(store.step_folder(self.task.folder, found))
+            for name, tensor in self.average.items():
+                tensor.copy_(served[name])
+        self.step, self.tokens, self.lr_scale, self.ended = (
+            state["step"], state["tokens"], state["lr_scale"], state["ended"],
+        )  # fmt: skip
+        self.best = Best(**{**state["best"], "val_loss": float(state["best"]["val_loss"])})
+        self.watch.restore(state["watch"])
+        if state["scaler"]:
+            self.updater.scaler.load_state_dict(state["scaler"])
         assert state["cursor"] == self.cursor, "a folder of another identity; folder.claim has checked that"
 
     @property
@@ -103,8 +147,8 @@ class Run:
     def feed(self) -> Feed:
         """Batches from the cursor on."""
         return Feed(
-            self.plan,
-            Order(self.plan.classes, self.task.seed),
+            self.rows.plan,
+            self.rows.order,
             self.task.rows_per_batch,
             cursor=self.cursor,
             rank=self.rank,
@@ -118,28 +162,84 @@ class Run:
             dist.all_reduce(sums)
         return sums
 
-    def save(self) -> Path:
-        """The folder of this step's training checkpoint, which rank 0 writes."""
-        place = store.step_folder(self.task.folder, self.step)
-        if self.rank == 0:
-            state = {
-                "step": self.step,
-                "tokens": self.tokens,
-                "cursor": self.cursor,
-                "rng": {"seed": self.task.seed, "step": self.step},  # all there is: loop.py seeds every step anew
-                "schedule": self.task.schedule.model_dump(mode="json"),
-                "num_steps": self.task.num_steps,
-            }
-            store.save(
-                self.model,
-                self.corpus.tokenizer,
-                place,
-                step=self.step,
-                run=self.task.run,
-                corpus_digest=self.corpus.digest,
-                init_from=self.init_digest,
-                optimizer=self.optimizer,
-                state=state,
-            )
-            store.prune(self.task.folder, KEEP_CHECKPOINTS)
-        return place
+    def agree(self, mine: int) -> int:
+        """Rank 0's number, on every rank; all are here when it returns."""
+        return int(self.add_over_ranks(torch.tensor(mine if self.rank == 0 else 0, device=self.device)).item())
+
+    def follow_average(self) -> None:
+        """Move the average of the weights towards them, after an update (Polyak averaging, exponentially forgetting).
+
+        The first steps forget faster, as min(decay, (1 + n) / (10 + n)), or the start would weigh for long.
+        """
+        if self.average is None or self.task.train.ema_decay is None:
+            return
+        decay = min(self.task.train.ema_decay, (1 + self.step) / (10 + self.step))
+        weights = store.tensors(self.model)
+        torch._foreach_lerp_(list(self.average.values()), [weights[name] for name in self.average], 1 - decay)
+
+    @contextmanager
+    def served_weights(self) -> Iterator[None]:
+        """In the block the model has the weights that its checkpoint serves: their average where one is kept."""
+        if self.average is None:
+            yield
+            return
+        weights = store.tensors(self.model)
+        raw = {name: tensor.clone() for name, tensor in weights.items()}
+        try:
+            for name, tensor in weights.items():
+                tensor.copy_(self.average[name])
+            yield
+        finally:
+            for name, tensor in weights.items():
+                tensor.copy_(raw[name])
+
+    def save(self, val_loss: float | None) -> None:
+        """Take this step's training checkpoint, which rank 0 writes while training goes on."""
+        if self.rank > 0:
+            return
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "cursor": self.cursor,
+            "rng": {"seed": self.task.train.seed, "step": self.step},  # all there is: every step is seeded anew
+            "schedule": self.task.schedule.model_dump(mode="json"),
+            "num_steps": self.task.num_steps,
+            "lr_scale": self.lr_scale,
+            "best": {**vars(self.best), "val_loss": str(self.best.val_loss)},  # may be inf, which is no JSON
+            "watch": self.watch.state(),
+            "scaler": self.updater.scaler.state_dict(),
+            "ended": self.ended,
+            **({"val_loss": val_loss} if val_loss is not None else {}),
+        }
+        snapshot = store.snapshot(
+            self.model,
+            self.rows.corpus.tokenizer,
+            step=self.step,
+            run=self.task.run,
+            corpus_digest=self.rows.corpus.digest,
+            init_from=self.init_digest,
+            optimizer=self.optimizer,
+            state=state,
+            average=self.average,
+        )
+        self.saver.save(snapshot, store.step_folder(self.task.folder, self.step))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.saver.close()
+
+
+def _newest_undamaged(folder: Path) -> int:
+    """Step of the newest checkpoint that can be read whole, 0 for none. Damaged ones are set aside, with an event."""
+    while (newest := store.newest(folder)) is not None:
+        step = store.step_of(newest)
+        try:
+            store.check(newest)
+            return step
+        except ArtefactError as error:
+            aside = store.set_aside(newest)
+            text = f"{newest.name} is damaged, the one before is taken: {error}; it is kept as {aside.name}"
+            events.say(folder, step, "damaged", text)
+    return 0

@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from ulm import registry
 from ulm.artefacts import digest_file
 from ulm.checkpoints import store
 from ulm.checkpoints.manifest import read_manifest
 from ulm.corpus.manifest import Corpus
 from ulm.corpus.order import Ints
 from ulm.errors import ConfigError
-from ulm.models.account import num_parameters
-from ulm.recipes.train import Train, TrainRecipe
+from ulm.models.account import num_parameters, on_meta
+from ulm.recipes.train import Train, TrainingRecipe, TrainRecipe
 from ulm.registry import KindConfig, configure
 from ulm.spec import SLOTS, ModelSpec
 
@@ -35,16 +33,15 @@ class TrainTask:
     batch_tokens: int  # slots of a global batch, a multiple of the context
     optimizer: KindConfig  # its lr is set
     schedule: KindConfig
-    seed: int = 0  # of the weights, the row plan and the order
+    recipe: TrainingRecipe  # everything else: seed, precision, guard, samples …
     start_cursor: int = 0  # rows of the order that another run took before
     documents: Path | None = None  # .npy of rows of documents.parquet: a cluster; None: all
     init_from: Path | None = None  # a checkpoint: weights only
-    precision: str = "auto"
-    clip_norm: float = 1.0
-    micro_batch_rows: int | None = None
-    checkpoint_every_steps: int | None = None
-    eval_every_steps: int | None = None
-    eval_tokens: int | None = 100_000
+
+    @property
+    def train(self) -> Train:
+        """The recipe's section of that name; its length and batch are settled in the task itself."""
+        return self.recipe.train
 
     @property
     def rows_per_batch(self) -> int:
@@ -63,9 +60,10 @@ class TrainTask:
             "train": {
                 "steps": self.num_steps,
                 "batch_tokens": self.batch_tokens,
-                "seed": self.seed,
-                "precision": self.precision,
-                "clip_norm": self.clip_norm,
+                "seed": self.train.seed,
+                "precision": self.train.precision,
+                "clip_norm": self.train.clip_norm,
+                "ema_decay": self.train.ema_decay,
             },
             "optimizer": self.optimizer.model_dump(mode="json"),
             "schedule": self.schedule.model_dump(mode="json"),
@@ -113,14 +111,8 @@ def resolve(recipe: TrainRecipe, *, root: Path, near: Path | None = None) -> Tra
         batch_tokens=batch_tokens,
         optimizer=optimizer,
         schedule=configure("schedule", recipe.schedule),
-        seed=train.seed,
+        recipe=recipe,
         init_from=init_from,
-        precision=train.precision,
-        clip_norm=train.clip_norm,
-        micro_batch_rows=train.micro_batch_rows,
-        checkpoint_every_steps=train.checkpoint_every_steps,
-        eval_every_steps=train.eval_every_steps,
-        eval_tokens=train.eval_tokens,
     )
 
 
@@ -191,5 +183,4 @@ def _num_steps(train: Train, spec: ModelSpec, batch_tokens: int) -> int:
 
 
 def _parameters(spec: ModelSpec) -> int:
-    with torch.device("meta"):
-        return num_parameters(registry.find("model", spec.model)(spec))
+    return num_parameters(on_meta(spec))

@@ -28,8 +28,10 @@ def main(recipe: Path, warmup_steps: int) -> None:
     """Run the recipe's steps and print the tokens per second of those after the warm-up."""
     torch.set_num_threads(runtime.num_cpus())
     task = resolve(load(TrainRecipe, recipe), root=runtime.root())
-    plan = RowPlan.make(Corpus.read(task.corpus), "train", context_tokens=task.spec.context_tokens, seed=task.seed)
-    model = ulm.build(task.spec, seed=task.seed)
+    plan = RowPlan.make(
+        Corpus.read(task.corpus), "train", context_tokens=task.spec.context_tokens, seed=task.train.seed
+    )
+    model = ulm.build(task.spec, seed=seed)
     optimizer = registry.find("optimizer", "adamw").build(task.optimizer, model, task.optimizer.lr)
     order = torch.randperm(plan.num_rows, generator=torch.Generator().manual_seed(0)).numpy()
     tokens, started_s = 0, 0.0
@@ -42,7 +44,7 @@ def main(recipe: Path, warmup_steps: int) -> None:
         num_targets = int((targets_BT >= 0).sum())
         hidden_BTD = model.hidden(torch.from_numpy(batch.inputs_BT))
         (summed_nats(hidden_BTD, targets_BT, model.head, task.spec.vocab_size) / num_targets).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), task.clip_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), task.train.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tokens += num_targets

@@ -19,6 +19,7 @@ from pipelines.train import job
 from pipelines.train.figures import read
 from pipelines.train.loop import train
 from pipelines.train.task import Stage, TrainTask, resolve
+from tests.changed_task import changed
 from tests.written_corpus import written_corpus
 from ulm.checkpoints import store
 from ulm.checkpoints.manifest import read_manifest
@@ -57,7 +58,7 @@ def task(root: Path) -> Callable[..., TrainTask]:
     whole = resolve(validate(TrainRecipe, {"name": "a", "corpus": "written", "train": fields}), root=root)
 
     def make(name: str, **changes: Any) -> TrainTask:
-        return replace(whole, **{"run": name, "folder": root / "runs" / name, **changes})
+        return changed(whole, name, **changes)
 
     return make
 

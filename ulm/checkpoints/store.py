@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from ulm.tokenizers.tokenizer import FILES as TOKENIZER_FILES
 from ulm.tokenizers.tokenizer import Tokenizer
 
 _STEP = re.compile(r"step-(\d{8,})")
+RAW = "/raw"  # after a parameter's name in optimizer.safetensors: the weight, where the checkpoint serves an average
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -38,12 +40,17 @@ def step_folder(run: Path, step: int) -> Path:
     return run / f"step-{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """The step that a step directory is named after."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def whole_steps(run: Path) -> list[Path]:
     """Complete step directories of a run, oldest first. A half-written one has another name and is not among them."""
     if not run.is_dir():
         return []
     steps = [p for p in run.iterdir() if _STEP.fullmatch(p.name) and (p / "manifest.json").is_file()]
-    return sorted(steps, key=lambda p: int(p.name[5:]))
+    return sorted(steps, key=step_of)
 
 
 def newest(run: Path) -> Path | None:
@@ -71,10 +78,26 @@ def resolve(text: str, *, root: Path, near: Path | None = None, place: str = "ch
     raise ConfigError(place, f"no checkpoint {text!r}", remedy)
 
 
-def save(
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a checkpoint will hold, in memory: training may change its model while this is written."""
+
+    spec: ModelSpec
+    tokenizer: Tokenizer
+    weights: dict[str, Tensor]
+    training: dict[str, Tensor] | None  # of the optimizer, and RAW weights
+    state: dict[str, Any] | None
+    lineage: dict[str, Any]  # step, run, corpus_digest, init_from
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its tensors, which is nearly all that it takes on disk."""
+        return sum(t.numel() * t.element_size() for part in (self.weights, self.training or {}) for t in part.values())
+
+
+def snapshot(
     model: nn.Module,
     tokenizer: Tokenizer,
-    path: str | Path,
     *,
     step: int = 0,
     run: str | None = None,
@@ -82,33 +105,48 @@ def save(
     init_from: str | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     state: dict[str, Any] | None = None,
-) -> Path:
-    """Write a checkpoint folder, whole or not at all; with an optimizer and a state a run can go on from it.
+    average: dict[str, Tensor] | None = None,
+    copy: bool = True,
+) -> Snapshot:
+    """A model as it is now; with an optimizer and a state a run can go on from it.
 
-    `init_from` is the digest of the checkpoint that the weights began with. An existing path is never overwritten.
+    `init_from` is the digest of the checkpoint that the weights began with. `average` (as `tensors` names them) is
+    what the checkpoint serves in place of the weights, which it then keeps beside the optimizer. `copy` False shares
+    memory with the model, for a caller that writes it at once.
     """
-    path = Path(path)
+    weights, training = tensors(model), None
+    if optimizer is not None:
+        training, rest = _flatten(model, optimizer)
+        state = {**(state or {}), "optimizer": rest}
+        if average is not None:
+            training |= {name + RAW: tensor for name, tensor in weights.items()}
+    lineage = {"step": step, "run": run, "corpus_digest": corpus_digest, "init_from": init_from}
+    kept = [weights if average is None else average, training]
+    if copy:
+        kept = [held and {name: t.to("cpu", copy=True) for name, t in held.items()} for held in kept]
+    spec: ModelSpec = model.spec  # type: ignore[assignment]
+    return Snapshot(spec, tokenizer, kept[0] or {}, kept[1], state if optimizer is not None else None, lineage)
+
+
+def write(taken: Snapshot, path: Path) -> Path:
+    """Write a checkpoint folder, whole or not at all. An existing path is never overwritten."""
     if path.exists():
         raise ArtefactError(f"{path}: exists already; give another path, or remove it first")
-    spec: ModelSpec = model.spec  # type: ignore[assignment]
     with artefacts.new_folder(path) as folder:
-        artefacts.write_json(folder / SPEC, spec.model_dump(mode="json"))
-        save_file(_tensors(model), folder / WEIGHTS, metadata={"format": "pt"})
-        tokenizer.write(folder)
-        if optimizer is not None:
-            tensors, rest = _flatten(model, optimizer)
-            save_file(tensors, folder / OPTIMIZER, metadata={"format": "pt"})
-            artefacts.write_json(folder / STATE, {**(state or {}), "optimizer": rest})
-        write_manifest(
-            folder,
-            run=run,
-            step=step,
-            spec_digest=spec_digest(spec),
-            tokenizer_digest=tokenizer.digest,
-            corpus_digest=corpus_digest,
-            init_from=init_from,
-        )
+        artefacts.write_json(folder / SPEC, taken.spec.model_dump(mode="json"))
+        save_file(taken.weights, folder / WEIGHTS, metadata={"format": "pt"})
+        taken.tokenizer.write(folder)
+        if taken.training is not None:
+            save_file(taken.training, folder / OPTIMIZER, metadata={"format": "pt"})
+            artefacts.write_json(folder / STATE, taken.state)
+        digests = {"spec_digest": spec_digest(taken.spec), "tokenizer_digest": taken.tokenizer.digest}
+        write_manifest(folder, **taken.lineage, **digests)
     return path
+
+
+def save(model: nn.Module, tokenizer: Tokenizer, path: str | Path, **how: Any) -> Path:
+    """Write a model's checkpoint folder, whole or not at all; keyword arguments as `snapshot` has them."""
+    return write(snapshot(model, tokenizer, copy=False, **how), Path(path))
 
 
 def load(path: str | Path, device: str | torch.device | None = None) -> tuple[nn.Module, Tokenizer]:
@@ -140,7 +178,7 @@ def load_weights(model: nn.Module, folder: Path) -> CheckpointManifest:
     """Fill a model with a checkpoint's verified weights; ArtefactError where names or shapes differ."""
     manifest = read_manifest(folder)
     verify(folder, manifest, WEIGHTS)
-    stored, own = _read_tensors(folder / WEIGHTS), _tensors(model)
+    stored, own = _read_tensors(folder / WEIGHTS), tensors(model)
     for name in sorted(own.keys() | stored.keys()):
         shapes = [tuple(t[name].shape) if name in t else None for t in (stored, own)]
         if shapes[0] != shapes[1]:
@@ -151,30 +189,77 @@ def load_weights(model: nn.Module, folder: Path) -> CheckpointManifest:
     return manifest
 
 
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The verified weights of a checkpoint by name."""
+    verify(folder, read_manifest(folder), WEIGHTS)
+    return _read_tensors(folder / WEIGHTS)
+
+
 def load_training(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> dict[str, Any]:
-    """Fill model and optimizer from a training checkpoint; returns what was saved as its state."""
-    manifest = load_weights(model, folder)
-    verify(folder, manifest, OPTIMIZER, STATE)
-    state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    _unflatten(model, optimizer, _read_tensors(folder / OPTIMIZER), state.pop("optimizer"))
+    """Fill model and optimizer from a training checkpoint; returns what was saved as its state.
+
+    The model gets the weights that training goes on from; those that the checkpoint serves may be their average.
+    """
+    verify(folder, load_weights(model, folder), OPTIMIZER, STATE)
+    state = read_state(folder)
+    stored = _read_tensors(folder / OPTIMIZER)
+    with torch.no_grad():
+        for name, tensor in tensors(model).items():
+            if (raw := stored.pop(name + RAW, None)) is not None:
+                tensor.copy_(raw)
+    _unflatten(model, optimizer, stored, state.pop("optimizer"))
     return state
 
 
-def prune(run: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` whole steps of a run, and what killed writers left; returns what is gone."""
-    gone = whole_steps(run)[:-keep] if keep else []
+def read_state(folder: Path) -> dict[str, Any]:
+    """What a training checkpoint says of its run: step, cursor, val_loss and more; {} for one that is not."""
+    path = folder / STATE
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise ArtefactError(f"{path}: not a readable state: {error}; {REMEDY}") from None
+    return state
+
+
+def best(run: Path) -> list[Path]:
+    """Whole steps of a run that were saved with an evaluation, the lowest val_loss first."""
+    scored = [(state["val_loss"], p) for p in whole_steps(run) if "val_loss" in (state := read_state(p))]
+    return [path for _, path in sorted(scored)]
+
+
+def check(folder: Path) -> None:
+    """Read all of a checkpoint and compare digests; ArtefactError names the file that is missing or damaged."""
+    manifest = read_manifest(folder)
+    verify(folder, manifest, *manifest.files)
+
+
+def set_aside(folder: Path) -> Path:
+    """Take a damaged checkpoint off the list of its run, and keep it for who wants to look."""
+    aside = folder.with_name(f"{folder.name}.damaged")
+    if aside.exists():
+        shutil.rmtree(aside)
+    return folder.rename(aside)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint; a removal that is cut short leaves nothing that is listed."""
+    hidden = folder.with_name(f".{folder.name}{artefacts.PARTIAL}")
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def prune(run: Path, keep: int, keep_best: int = 0) -> list[Path]:
+    """Remove whole steps of a run but the newest `keep` and the best `keep_best`, and what killed writers left."""
+    kept = {*whole_steps(run)[-keep:], *best(run)[:keep_best]} if keep else set(whole_steps(run))
+    gone = [folder for folder in whole_steps(run) if folder not in kept]
     for folder in gone:
-        hidden = folder.with_name(
-            f".{folder.name}{artefacts.PARTIAL}"
-        )  # never listed, even if the removal is cut short
-        folder.rename(hidden)
-        shutil.rmtree(hidden)
+        remove(folder)
     for left in run.glob(f"*{artefacts.PARTIAL}"):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     return gone
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name; shared ones once, under their first name."""
     names = dict(model.state_dict(keep_vars=True))
     seen: set[int] = set()
@@ -188,31 +273,31 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        tensors: dict[str, Tensor] = load_file(path)
+        found: dict[str, Tensor] = load_file(path)
     except SafetensorError as error:  # verified, so another program wrote it
         raise ArtefactError(f"{path}: not a safetensors file: {error}; {REMEDY}") from None
-    return tensors
+    return found
 
 
 def _flatten(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Optimizer state as tensors named `<parameter>/<key>`, and the rest as JSON values."""
     names = _names(model, optimizer)
     held = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
     for index, entries in held["state"].items():
         for key, value in entries.items():
-            (tensors if isinstance(value, Tensor) else values)[f"{names[index]}/{key}"] = value
+            (found if isinstance(value, Tensor) else values)[f"{names[index]}/{key}"] = value
     groups = [{**group, "params": [names[i] for i in group["params"]]} for group in held["param_groups"]]
-    return tensors, {"groups": groups, "values": values}
+    return found, {"groups": groups, "values": values}
 
 
 def _unflatten(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], rest: dict[str, Any]
+    model: nn.Module, optimizer: torch.optim.Optimizer, stored: dict[str, Tensor], rest: dict[str, Any]
 ) -> None:
     index = {name: number for number, name in enumerate(_names(model, optimizer))}
     held: dict[int, dict[str, Any]] = {}
-    for name, value in [*tensors.items(), *rest["values"].items()]:
+    for name, value in [*stored.items(), *rest["values"].items()]:
         parameter, _, key = name.rpartition("/")
         held.setdefault(index[parameter], {})[key] = value
     groups = [{**group, "params": [index[name] for name in group["params"]]} for group in rest["groups"]]

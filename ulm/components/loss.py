@@ -53,7 +53,7 @@ class _ChunkedNats(torch.autograd.Function):
         ctx: Any, x_ND: Tensor, targets_N: Tensor, head: nn.Module, chunk_tokens: int, *weights: Tensor
     ) -> Tensor:
         grad_ND = torch.empty_like(x_ND)
-        grads = [torch.zeros_like(w) for w in weights]
+        grads = [torch.zeros_like(w, dtype=torch.float32) for w in weights]  # bfloat16 would lose sums of many chunks
         total = torch.zeros((), device=x_ND.device)
         with torch.enable_grad():
             for start in range(0, len(x_ND), chunk_tokens):
@@ -64,7 +64,7 @@ class _ChunkedNats(torch.autograd.Function):
                 for grad, part in zip(grads, of_weights, strict=True):
                     grad += part
                 total += nats.detach()
-        ctx.save_for_backward(grad_ND, *grads)
+        ctx.save_for_backward(grad_ND, *(grad.to(w.dtype) for grad, w in zip(grads, weights, strict=True)))
         return total
 
     @staticmethod

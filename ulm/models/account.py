@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ulm import registry
 from ulm.spec import ModelSpec
 
 
@@ -33,3 +36,35 @@ def train_flops_per_token(model: Any, context_tokens: int) -> float:
     matrices -= _num_padding(model.head.weight, model.vocab_size)
     width = getattr(spec.attention, "num_heads", 1) * spec.head_dim
     return 6.0 * matrices + 12.0 * spec.num_layers * width * context_tokens / 2
+
+
+def on_meta(spec: ModelSpec) -> Any:
+    """The spec's model without its weights: for counting."""
+    with torch.device("meta"):
+        return registry.find("model", spec.model)(spec)
+
+
+def activation_bytes(spec: ModelSpec, precision: str = "float32", *, checkpoint: bool = False) -> int:
+    """Bytes that one row of `context_tokens` keeps for its backward pass, counted on a model without data.
+
+    Of the eager model; a compiled one keeps less. The chunked loss keeps one hidden state more, which is counted.
+    """
+    dtype = {"float32": torch.float32, "float16": torch.float16}.get(precision, torch.bfloat16)
+    kept: dict[int, int] = {}
+    with FakeTensorMode():
+        model = registry.find("model", spec.model)(spec)
+        model.checkpoint_activations = checkpoint
+        own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:  # views of one storage are kept once
+                kept[storage._cdata] = storage.nbytes()
+            held.append(storage)
+            return tensor
+
+        held: list[Any] = []  # or a storage's address would be used again
+        mixed = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), mixed:
+            x_BTD = model.hidden(torch.zeros(1, spec.context_tokens, dtype=torch.long))
+    return sum(kept.values()) + 2 * x_BTD.numel() * x_BTD.element_size()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ulm import registry
 from ulm.components.cache import Cache, LayerCache
@@ -41,6 +42,7 @@ class Decoder(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.checkpoint_activations = False  # for training: keep only what stands between blocks (arXiv 1604.06174)
         self.dims = ModelDims(spec.d_model, spec.num_layers, spec.vocab_size, spec.context_tokens, spec.head_dim)
         self.embedding = registry.find("embedding", spec.embedding.kind)(spec.embedding, self.dims)
         position = registry.find("position", spec.position.kind)(spec.position, self.dims)  # shared by all layers
@@ -59,7 +61,10 @@ class Decoder(nn.Module):
         positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
         x_BTD = self.embedding(tokens_BT)
         for block in self.blocks:
-            x_BTD = block(x_BTD, positions_BT, Mask())
+            if self.checkpoint_activations:
+                x_BTD = checkpoint(block, x_BTD, positions_BT, Mask(), use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, positions_BT, Mask())
         return self.norm(x_BTD)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:

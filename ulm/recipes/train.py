@@ -12,6 +12,19 @@ from ulm.recipes.clustering import Clustering
 from ulm.registry import configure
 
 
+class WorkerRange(Section):
+    """As many workers as the cluster has room for when training starts, between the two."""
+
+    min: int = Field(1, ge=1)
+    max: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max < self.min:
+            raise ConfigError("train.workers", f"max {self.max} is below min {self.min}", "{min: 1, max: 4}")
+        return self
+
+
 class Train(Section):
     """How long, how wide and how often. Exactly one of steps, tokens, tokens_per_parameter."""
 
@@ -20,12 +33,18 @@ class Train(Section):
     tokens_per_parameter: float | None = Field(None, gt=0)
     batch_tokens: int | None = Field(None, ge=1)  # of a global batch, a multiple of context_tokens; None: preset
     context_tokens: int | None = Field(None, ge=2)  # None: the model's
-    workers: int = Field(1, ge=1)
-    micro_batch_rows: int | None = Field(None, ge=1)  # rows a worker takes at once; None: by size
+    workers: int | WorkerRange = 1
+    micro_batch_rows: int | None = Field(None, ge=1)  # rows a worker takes at once; None: what fits
     seed: int = 0
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast where it is native
+    # auto: bfloat16 where it is native, float16 on older GPUs, else float32. pure_bfloat16: weights and optimizer too
+    precision: Literal["auto", "float32", "bfloat16", "pure_bfloat16", "float16"] = "auto"
+    compile: bool | None = None  # torch.compile; None: where the run is long enough for it to pay
+    checkpoint_activations: bool = False  # make them again in the backward pass: less memory, a third more time
     clip_norm: float = Field(1.0, gt=0)
-    checkpoint_every_steps: int | None = Field(None, ge=1)  # None: at the end, and on SIGTERM
+    ema_decay: float | None = Field(None, gt=0, lt=1)  # serve and evaluate an average of the weights; None: the weights
+    checkpoint_every_steps: int | None = Field(None, ge=1)  # None: every ten minutes; always at the end and on SIGTERM
+    keep_last: int = Field(3, ge=1)  # checkpoints
+    keep_best: int = Field(1, ge=0)  # more, by val_loss, of those saved with an evaluation
     eval_every_steps: int | None = Field(None, ge=1)  # None: at the end
     eval_tokens: int | None = Field(100_000, ge=1)  # of val, None: all
 
@@ -35,12 +54,53 @@ class Train(Section):
             raise ConfigError("train", "needs exactly one of steps, tokens, tokens_per_parameter", "train: {steps: 30}")
         return self
 
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _number_or_range(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            return WorkerRange.model_validate(given)
+        if isinstance(given, WorkerRange) or (type(given) is int and given >= 1):
+            return given
+        raise ConfigError("train.workers", f"{given!r} is no number of workers", "1 or more, or {min: 1, max: 4}")
+
+    @property
+    def worker_counts(self) -> range:
+        """Every number of workers that the recipe allows."""
+        given = self.workers
+        return range(given, given + 1) if isinstance(given, int) else range(given.min, given.max + 1)
+
+
+class EarlyStopping(Section):
+    """End when val_loss has not fallen by `min_improvement` nats in `patience` evaluations; the best is the result."""
+
+    patience: int = Field(5, ge=1)
+    min_improvement: float = Field(0.0, ge=0)
+
+
+class Guard(Section):
+    """When to go back to a good checkpoint: a loss that is not finite, or leaps, or a gradient that does."""
+
+    loss_rise: float | None = Field(2.0, gt=0)  # nats above the median of the last steps; None: no limit
+    grad_norm_ratio: float | None = Field(100.0, gt=1)  # times the median of the last steps; None: no limit
+    rollbacks: int = Field(3, ge=0)  # so often; then the run ends with an error
+    lr_factor: float = Field(0.5, gt=0, le=1)  # of the rate from then on, after each
+
+
+class Samples(Section):
+    """Text that the model writes while it learns, for the report."""
+
+    prompts: tuple[str, ...] = ("",)  # none: no samples
+    every_steps: int | None = Field(None, ge=1)  # None: at each evaluation
+    max_tokens: int = Field(64, ge=1)
+    temperature: float = Field(0.8, ge=0)
+
 
 class Resources(Section):
     """What one training worker is given by Ray."""
 
     cpus_per_worker: float | None = Field(None, gt=0)  # None: the node's CPUs shared by the workers
     gpus_per_worker: float | None = Field(None, ge=0)  # None: 1 where the cluster has GPUs enough, else 0
+    max_restarts: int = Field(3, ge=0)  # of lost workers, without a new checkpoint in between
 
 
 def _kind(slot: str) -> Any:
@@ -58,6 +118,10 @@ class TrainingRecipe(Recipe):
     train: Train
     optimizer: dict[str, Any] = {"kind": "adamw"}
     resources: Resources = Resources()
+    early_stopping: EarlyStopping | None = None
+    guard: Guard = Guard()
+    samples: Samples = Samples()
+    log_to: tuple[Literal["wandb", "mlflow"], ...] = ()  # beside TensorBoard
 
     check_optimizer = field_validator("optimizer", mode="before")(_kind("optimizer"))
 

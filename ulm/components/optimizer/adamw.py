@@ -25,10 +25,13 @@ class AdamW:
 
     @staticmethod
     def build(config: Config, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        """The optimizer over a model's parameters; `lr` is the peak rate, which the schedule scales."""
+        """The optimizer over a model's parameters; the schedule scales each group's `peak_lr`."""
         matrices = [p for p in model.parameters() if p.dim() >= 2]
         vectors = [p for p in model.parameters() if p.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        groups = [
+            {"params": matrices, "weight_decay": config.weight_decay, "peak_lr": lr},
+            {"params": vectors, "weight_decay": 0.0, "peak_lr": lr},
+        ]
         return torch.optim.AdamW(
             [g for g in groups if g["params"]], lr=lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
         )
