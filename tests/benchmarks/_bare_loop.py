@@ -31,7 +31,7 @@ def main(recipe: Path, warmup_steps: int) -> None:
     plan = RowPlan.make(
         Corpus.read(task.corpus), "train", context_tokens=task.spec.context_tokens, seed=task.train.seed
     )
-    model = ulm.build(task.spec, seed=seed)
+    model = ulm.build(task.spec, seed=task.train.seed)
     optimizer = registry.find("optimizer", "adamw").build(task.optimizer, model, task.optimizer.lr)
     order = torch.randperm(plan.num_rows, generator=torch.Generator().manual_seed(0)).numpy()
     tokens, started_s = 0, 0.0
