@@ -56,8 +56,7 @@ def train_swarm(
         folder.write_recipe(task, recipe)
     stages = [Stage((plan.seed,)), Stage(tuple(tasks[1:]), side_by_side=max(recipe.train.worker_counts) == 1)]
     workers, resources = _room(recipe, plan)
-    with job.stopping([task.folder for task in tasks]):
-        lines = job.run_stages(stages, name=recipe.name, workers=workers, resources=resources, on_progress=report)
+    lines = job.run_stages(stages, name=recipe.name, workers=workers, resources=resources, on_progress=report)
     if any(line.get("status") == "interrupted" for line in lines):
         return {"status": "interrupted", "runs": [line["run"] for line in lines if line["checkpoint"]]}
     swarm = _write(recipe, plan, {line["run"]: Path(line["checkpoint"]) for line in lines}, root)

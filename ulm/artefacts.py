@@ -125,6 +125,23 @@ def try_lock(folder: Path) -> Iterator[bool]:
             yield True
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a process has the folder's lock now. Reading is enough to ask, and nothing is written."""
+    try:
+        handle = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise ArtefactError(f"{folder / LOCK}: cannot be opened: {error}") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
 @contextmanager
 def _locked(root: Path, access: int, how: int) -> Iterator[None]:
     try:

@@ -29,6 +29,13 @@ _TABLE = (
     Metric("ulm_train_tokens_per_second", "gauge", ("run", "model"), "Targets per second, newest step, all workers."),
     Metric("ulm_train_loss", "gauge", ("run", "model"), "Nats per target of the newest step."),
     Metric("ulm_train_bits_per_byte", "gauge", ("run", "model"), "Of held-out text, at the newest evaluation."),
+    Metric("ulm_train_val_loss", "gauge", ("run", "model"), "Nats per held-out target, at the newest evaluation."),
+    Metric("ulm_train_step", "gauge", ("run", "model"), "Updates made."),
+    Metric("ulm_train_mfu", "gauge", ("run", "model"), "Share of the devices' peak, newest step, 0 to 1."),
+    Metric("ulm_train_learning_rate", "gauge", ("run", "model"), "Of the newest step."),
+    Metric("ulm_train_grad_norm", "gauge", ("run", "model"), "Before clipping, of the newest step."),
+    Metric("ulm_train_data_wait_seconds_total", "counter", ("run", "model"), "Time the first worker waited for data."),
+    Metric("ulm_train_events_total", "counter", ("run", "model", "kind"), "Rollbacks, restarts and the like in all."),
     # serving; `outcome` is ok, the error's code, or cancelled
     Metric("ulm_requests_total", "counter", ("model", "strategy", "outcome"), "Requests that ended."),
     Metric("ulm_request_seconds", "histogram", ("model", "strategy"), "Arrival to last byte.", _SECONDS),

@@ -9,7 +9,7 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
-from ulm import registry
+from ulm import dial, registry
 from ulm.errors import ConfigError, did_you_mean
 from ulm.registry import KindConfig
 
@@ -42,12 +42,29 @@ class ModelSpec(BaseModel):
     def _configure(cls, given: Any, info: Any) -> KindConfig:
         return registry.configure(info.field_name, given)
 
+    @field_validator("position")
+    @classmethod
+    def _settle_table(cls, position: KindConfig, info: Any) -> KindConfig:
+        """A table of positions is as long as the context that it was made for, also under a shorter one later."""
+        if getattr(position, "max_tokens", 0) is None and "context_tokens" in info.data:
+            return position.model_copy(update={"max_tokens": info.data["context_tokens"]})
+        return position
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         registry.find("model", self.model)
         if self.head_dim not in HEAD_DIMS:
             raise ConfigError("attention.num_heads", f"head_dim is {self.head_dim}", f"one of {HEAD_DIMS}")
+        if self.max_positions is not None and self.context_tokens > self.max_positions:
+            problem = f"{self.max_positions} positions, and a context of {self.context_tokens} tokens"
+            raise ConfigError("position.max_tokens", problem, "as many as context_tokens, or leave it out")
         return self
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest context that its kind of position can have; None where there is no end."""
+        longest: int | None = getattr(self.position, "max_tokens", None)
+        return longest
 
     @property
     def head_dim(self) -> int:
@@ -57,21 +74,31 @@ class ModelSpec(BaseModel):
 
     @classmethod
     def parse(cls, given: Any, *, vocab_size: int | None = None, context_tokens: int | None = None) -> ModelSpec:
-        """The spec that the `model:` section of a recipe means: a size name, `{preset, size, …}`, or all fields.
+        """The spec that the `model:` section of a recipe means: a size, `{preset, size, …}`, or all fields.
 
-        `vocab_size` comes from the tokenizer, `context_tokens` from the training section; a value in the section wins.
+        A size is a name (nano) or a number of parameters (25M), which ulm/dial.py makes a shape of, at the
+        vocabulary that the model will have. `vocab_size` comes from the tokenizer, `context_tokens` from the training
+        section; a value in the section wins.
         """
-        fields, _ = _laid_out(given)
-        if vocab_size is not None:
-            fields.setdefault("vocab_size", vocab_size)
-        if context_tokens is not None and not (isinstance(given, dict) and "context_tokens" in given):
-            fields["context_tokens"] = context_tokens
-        return cls._validated(fields)
+        preset, size, fields = _chosen(given)
+        for name, value in (("vocab_size", vocab_size), ("context_tokens", context_tokens)):
+            if value is not None:
+                fields.setdefault(name, value)
+        if preset is None:
+            return cls._validated(fields)
+
+        def laid_over(base: dict[str, Any]) -> ModelSpec:
+            return cls._validated(_overlay(_overlay(preset["spec"], base), fields))
+
+        if isinstance(size, str):
+            return laid_over(preset["sizes"][size]["spec"])
+        return dial.fitted(size, laid_over, width=fields.get("d_model"))
 
     @classmethod
     def training_defaults(cls, given: Any) -> dict[str, Any]:
-        """What the preset of a `model:` section proposes for training (learning rate, batch)."""
-        return _laid_out(given)[1]
+        """What the named size of a `model:` section proposes for training (learning rate, batch); {} without one."""
+        preset, size, _ = _chosen(given)
+        return dict(preset["sizes"][size]["training"]) if preset and isinstance(size, str) else {}
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> ModelSpec:
@@ -104,29 +131,31 @@ def preset_sizes() -> dict[str, dict[str, Any]]:
     return {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(PRESETS.glob("*.yaml"))}
 
 
-def _laid_out(given: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields of a spec and the preset's training defaults."""
+def _chosen(given: Any) -> tuple[dict[str, Any] | None, Any, dict[str, Any]]:
+    """Preset, size (a name or a number of parameters) and the fields laid over it; the first two None without one."""
     if isinstance(given, str):
         given = {"preset": given}
     if not isinstance(given, dict):
         raise ConfigError("model", f"{given!r} is no model", "for example {preset: nano}")
     given = dict(given)
-    name, size = given.pop("preset", None), given.pop("size", None)
+    name, size = (None if part is None else str(part) for part in (given.pop("preset", None), given.pop("size", None)))
     if name is None and size is None:
-        return given, {}
+        return None, None, given
     presets = preset_sizes()
-    if name not in presets:  # a bare size name means the default preset
+    if name not in presets:  # a bare size means the default preset
         if size is not None and name is not None:
             raise ConfigError("model.preset", f"no preset {name!r}", did_you_mean(name, presets))
         name, size = DEFAULT_PRESET, size or name
     preset = presets[name]
     if size is None:
-        raise ConfigError("model.size", "is missing", f"one of {', '.join(preset['sizes'])}")
-    if size not in preset["sizes"]:
-        known = [*preset["sizes"], *presets]
-        raise ConfigError("model.preset", f"no preset or size {size!r}", did_you_mean(str(size), known))
-    chosen = preset["sizes"][size]
-    return _overlay(_overlay(preset["spec"], chosen["spec"]), given), dict(chosen["training"])
+        remedy = f"one of {', '.join(preset['sizes'])}, or a number of parameters such as 25M"
+        raise ConfigError("model.size", "is missing", remedy)
+    if size in preset["sizes"]:
+        return preset, size, given
+    if (parameters := dial.parsed(size)) is not None:
+        return preset, parameters, given
+    known = [*preset["sizes"], *presets]
+    raise ConfigError("model.preset", f"no preset or size {size!r}", did_you_mean(size, known))
 
 
 def _overlay(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

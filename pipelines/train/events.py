@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 FILE = "events.jsonl"
+FAILED = "failed"  # the kind of the event that an error leaves as the last
 log = logging.getLogger(__name__)
 
 
@@ -25,9 +27,11 @@ class Event:
 
 def say(folder: Path, step: int, kind: str, text: str) -> None:
     """Append an event to a run's file, in one write, and log it."""
-    event = Event(time.time(), step, kind, text)
-    with (folder / FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(event)) + "\n")
+    line = json.dumps(asdict(Event(time.time(), step, kind, text))).encode() + b"\n"
+    with (folder / FILE).open("a+b", buffering=0) as file:
+        if (size := file.tell()) and os.pread(file.fileno(), 1, size - 1) != b"\n":
+            line = b"\n" + line  # a full disk or a kill has cut the last one short
+        file.write(line)
     log.log(logging.INFO if kind in QUIET else logging.WARNING, "%s: step %d: %s", folder.name, step, text)
 
 
@@ -37,6 +41,12 @@ QUIET = ("start", "resume", "end")
 def read(folder: Path) -> Iterator[Event]:
     """The events of a run; a last line that a kill cut short is left out."""
     return _parse((folder / FILE).read_bytes() if (folder / FILE).is_file() else b"")
+
+
+def has_failed(folder: Path) -> bool:
+    """Whether the last that happened to a run is that it failed."""
+    *_, last = (None, *read(folder))
+    return last is not None and last.kind == FAILED
 
 
 class EventTail:

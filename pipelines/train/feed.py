@@ -6,11 +6,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ulm.corpus.order import Order, batch_digest
 from ulm.corpus.rows import RowPlan
+
+ROWS_AHEAD = 2048  # positions of the order computed at once: a call for one batch takes as long as for many
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Feed:
     ) -> None:
         self._plan, self._order, self._rows_per_batch, self._cursor = plan, order, rows_per_batch, cursor
         self._rank, self._world_size, self._device = rank, world_size, device
+        self._ahead = np.zeros(0, np.int64)  # rows from the cursor of the batch to make next
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
         self._next: Future[WorkerBatch] = self._thread.submit(self._make, cursor)
 
@@ -50,7 +54,10 @@ class Feed:
         return batch
 
     def _make(self, cursor: int) -> WorkerBatch:
-        rows = self._order.rows(cursor, self._rows_per_batch)
+        if not len(self._ahead):
+            batches = max(1, ROWS_AHEAD // self._rows_per_batch)
+            self._ahead = self._order.rows(cursor, batches * self._rows_per_batch)
+        rows, self._ahead = np.split(self._ahead, [self._rows_per_batch])
         mine = self._plan.batch(rows[self._rank :: self._world_size])
         inputs_BT, targets_BT = (self._to_device(torch.from_numpy(x)) for x in (mine.inputs_BT, mine.targets_BT))
         return WorkerBatch(inputs_BT, targets_BT, int(self._plan.num_targets(rows).sum()), batch_digest(rows))

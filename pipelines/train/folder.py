@@ -2,50 +2,60 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pipelines.train import figures
+from pipelines.train import events, figures, legs
+from pipelines.train.legs import TASK
 from pipelines.train.task import TrainTask
 from ulm import artefacts
 from ulm.checkpoints import store
-from ulm.errors import ClusterError, ConfigError
+from ulm.errors import ArtefactError, ClusterError, ConfigError
+from ulm.models.account import num_parameters, on_meta
 from ulm.recipes.train import TrainingRecipe
 
 LOG = "log"  # what the run's first worker logs
+MODEL = "model.json"  # the size of the model, for who lists runs and has no torch to count with
 LOCK_WAIT_S = 60.0
-TASK = "task.json"  # the identity of the task that the folder belongs to
 WARM_UP_STEPS = 20  # left out of a run's tokens per second
 
 
 def check(task: TrainTask) -> None:
     """ConfigError when the folder belongs to another task; running a recipe again resumes only the same one.
 
-    Where the checkpoint to begin with is still to be trained, its digest is not compared; `claim` will.
+    Its corpus may have been extended. Where the checkpoint to begin with is still to be trained, its digest is not
+    compared; `claim` will.
     """
-    path = task.folder / TASK
-    if not path.is_file():
+    if (recorded := legs.recorded(task.folder)) is None:
         return
-    held, now = json.loads(path.read_text(encoding="utf-8")), task.identity()
+    held, now = recorded[0], task.identity()
     if task.init_from and not task.init_from.is_dir():
         now["init_from"] = held["init_from"]
-    if differ := sorted(_differences(held, now)):
+    if differ := sorted(_differences({**held, "corpus": now["corpus"]}, now)):
         remedy = f"give this recipe another name, or remove {task.folder}"
         raise ConfigError("name", f"run {task.run!r} exists with another {', '.join(differ)}", remedy)
+    legs.of(task)
 
 
 def claim(task: TrainTask) -> None:
-    """Make the folder this task's, or refuse it as `check` does."""
+    """Make the folder this task's, or refuse it as `check` does; a corpus that has grown begins a new leg."""
     check(task)
-    if not (task.folder / TASK).is_file():
-        artefacts.write_json(task.folder / TASK, task.identity())
+    if not (task.folder / MODEL).is_file():
+        artefacts.write_json(task.folder / MODEL, {"parameters": num_parameters(on_meta(task.spec))})
+    now, recorded = legs.of(task), legs.recorded(task.folder)
+    if recorded is None:
+        artefacts.write_json(task.folder / TASK, {**task.identity(), "legs": legs.dumped(now)})
+    elif now != recorded[1] and not is_finished(task):
+        artefacts.write_json(task.folder / TASK, {**recorded[0], "corpus": now[-1].corpus, "legs": legs.dumped(now)})
+        more = now[-1].documents - recorded[1][-1].documents
+        text = f"the corpus is now {now[-1].corpus[:12]}: {more:,} more documents from position {now[-1].cursor:,} on"
+        events.say(task.folder, newest_step(task)[1], "corpus", text)
 
 
 def check_workers(task: TrainTask, counts: range) -> None:
@@ -65,10 +75,15 @@ def name_model(task: TrainTask, root: Path) -> None:
 
 
 def write_recipe(task: TrainTask, recipe: TrainingRecipe) -> None:
-    """The recipe that the run came from, with the corpus by its digest, unless it is there already."""
-    if not (task.folder / "recipe.yaml").is_file():
-        fields = {**recipe.model_dump(mode="json", exclude_unset=True), "corpus": task.corpus.name}
-        artefacts.write_text(task.folder / "recipe.yaml", yaml.safe_dump(fields, sort_keys=False))
+    """The recipe that the run came from, with the corpus by its digest, unless it is there already.
+
+    Of a run that goes on with a corpus that has grown, only the corpus is changed.
+    """
+    path = task.folder / "recipe.yaml"
+    before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    fields = {**(before or recipe.model_dump(mode="json", exclude_unset=True)), "corpus": task.corpus.name}
+    if before is None or (before != fields and not is_finished(task)):
+        artefacts.write_text(path, yaml.safe_dump(fields, sort_keys=False))
 
 
 def newest_step(task: TrainTask) -> tuple[Path | None, int]:
@@ -80,7 +95,10 @@ def newest_step(task: TrainTask) -> tuple[Path | None, int]:
 def is_finished(task: TrainTask) -> bool:
     """Whether the task's last step has been saved, or the one after which it was stopped early."""
     newest, step = newest_step(task)
-    return step >= task.num_steps or (newest is not None and bool(store.read_state(newest).get("ended")))
+    try:
+        return step >= task.num_steps or (newest is not None and bool(store.read_state(newest).get("ended")))
+    except ArtefactError:
+        return False  # damaged: a worker will set it aside and go on from the one before
 
 
 def result(task: TrainTask) -> Path | None:
@@ -110,6 +128,26 @@ def held(task: TrainTask) -> Iterator[None]:
         stack.callback(handler.close)
         stack.callback(logger.removeHandler, handler)
         yield
+
+
+@contextmanager
+def failure_told(tasks: Sequence[TrainTask]) -> Iterator[None]:
+    """An error that comes out of the block is told as an event of every run that it ends.
+
+    Those are the runs that have begun and not finished, unless one of them has told a failure of its own already.
+    A recipe that is refused, or a cluster without room, ends none.
+    """
+    try:
+        yield
+    except (ConfigError, ClusterError):
+        raise
+    except Exception as error:
+        open_runs = [task for task in tasks if (task.folder / TASK).is_file() and not is_finished(task)]
+        if not any(events.has_failed(task.folder) for task in open_runs):
+            with suppress(OSError):  # the disk may be full, and the error says so
+                for task in open_runs:
+                    events.say(task.folder, newest_step(task)[1], events.FAILED, str(error) or repr(error))
+        raise
 
 
 def last_line(task: TrainTask) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 from ulm.recipes.train import Guard
@@ -19,6 +20,22 @@ class Tripped(Exception):  # noqa: N818  an event, not an error: training goes o
     def __init__(self, step: int, why: str) -> None:
         super().__init__(why)
         self.step = step
+
+
+@dataclass
+class Rollbacks:
+    """How often a run has gone back to a checkpoint, how far the last time, and what is left of its rate."""
+
+    times: int = 0
+    checkpoints: int = 0  # that it went back by: 1 is to the newest
+    last_step: int | None = None  # that tripped
+    lr_scale: float = 1.0
+
+    def trip(self, step: int, lr_factor: float) -> None:
+        """Count one more: one checkpoint further back when the stretch of steps that tripped last does so again."""
+        again = self.last_step is not None and step <= self.last_step + WINDOW
+        self.times, self.checkpoints = self.times + 1, self.checkpoints + 1 if again else 1
+        self.last_step, self.lr_scale = step, self.lr_scale * lr_factor
 
 
 class Watch:

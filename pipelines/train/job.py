@@ -8,25 +8,27 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import signal
+import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines.train import events, folder
 from pipelines.train.events import Event, EventTail
 from pipelines.train.figures import Tail
-from pipelines.train.task import Stage, TrainTask, resolve
-from pipelines.train.worker_job import STOP, Work, train_worker
+from pipelines.train.legs import TASK
+from pipelines.train.prepare import prepare
+from pipelines.train.stopping import STOP, stopping
+from pipelines.train.task import Stage, TrainTask
+from pipelines.train.worker_job import Work, train_worker
 from ulm import runtime
 from ulm.errors import ClusterError, ConfigError, TrainingError, UlmError
 from ulm.recipes import load_recipe
@@ -44,13 +46,13 @@ GROUP_REMOVED = "placement group was removed"
 MAX_ATTEMPTS = 3
 CONTROLLER_POLL_S = "1"  # Ray's 2 s is how late it sees that workers are done
 ROOM_WAIT_S = 60.0  # for a node that was lost to come back, where the recipe allows no fewer workers
-
-
-def prepare(recipe: TrainRecipe, *, root: Path, near: Path | None = None) -> TrainTask:
-    """What a recipe means, with every mistake in it raised; needs no Ray."""
-    task = resolve(recipe, root=root, near=near)
-    folder.check(task)
-    return task
+START_WAIT_S = 20.0  # for CPUs and GPUs that others use, or that went with a node; then fewer workers are tried
+# A worker that answers for so long neither its peers nor Ray is taken for lost. Longer than what one rank does while
+# the others wait: load and check a checkpoint, wait for the run's folder, write samples. Ray's and torch's own: 10
+# and 30 minutes, and for ever between reports.
+STUCK_AFTER_S = 300.0
+# Exceptions that come again however often the workers are started.
+MISTAKES = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError)
 
 
 def run(
@@ -64,18 +66,17 @@ def run(
 ) -> dict[str, Any]:
     """Train what a recipe says; returns the last line of `ulm train`, see run_task. Needs Ray to be initialised.
 
-    SIGTERM and Ctrl-C make the workers save and stop. A finished run gets a name under models/.
+    A finished run gets a name under models/.
     """
     task = task or prepare(recipe, root=root, near=near)
     folder.write_recipe(task, recipe)
-    with stopping([task.folder]):
-        line = run_task(
-            task,
-            workers=recipe.train.worker_counts,
-            resources=recipe.resources,
-            on_progress=on_progress,
-            on_event=on_event,
-        )
+    line = run_task(
+        task,
+        workers=recipe.train.worker_counts,
+        resources=recipe.resources,
+        on_progress=on_progress,
+        on_event=on_event,
+    )
     folder.name_model(task, root)
     return line
 
@@ -115,7 +116,8 @@ def run_stages(
 ) -> list[dict[str, Any]]:
     """Train all tasks of all stages with one group of workers, which starts once; their last lines, in order.
 
-    Of a range of workers as many are taken as the cluster has room for. Finished tasks are skipped.
+    Of a range of workers as many are taken as the cluster has room for. Finished tasks are skipped. SIGTERM and Ctrl-C
+    make the workers save and stop. ClusterError where another process trains one of these runs already.
     Runs lie in one folder; Ray Train keeps its own files beside them under `name`.
     """
     tasks = [task for stage in stages for task in stage.tasks]
@@ -127,103 +129,115 @@ def run_stages(
             folder.check_workers(task, counts)
     if not all(folder.is_finished(task) for task in tasks):
         for task in tasks:
-            task.folder.mkdir(parents=True, exist_ok=True)
-            (task.folder / STOP).unlink(missing_ok=True)
-        _watched(lambda: _fit(tuple(stages), name, counts, resources), tasks, on_progress, on_event)
+            with folder.held(task):  # no other process is at it, which this would disturb
+                (task.folder / STOP).unlink(missing_ok=True)
+        with stopping([task.folder for task in tasks]), folder.failure_told(tasks):
+            _watched(lambda: _fit(tuple(stages), name, counts, resources), tasks, on_progress, on_event)
         for task in tasks:
             (task.folder / STOP).unlink(missing_ok=True)
     return [folder.last_line(task) for task in tasks]
 
 
-def request_stop(run_folder: Path) -> None:
-    """Ask the workers of the run in this folder to save after the step they are in, and to return."""
-    if run_folder.is_dir():
-        (run_folder / STOP).touch()
-
-
-@contextmanager
-def stopping(run_folders: Sequence[Path]) -> Iterator[None]:
-    """While inside, SIGTERM and Ctrl-C ask these runs to stop; a second Ctrl-C interrupts at once.
-
-    Only the main thread of a process can catch signals; in another this does nothing.
-    """
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        for run_folder in run_folders:
-            request_stop(run_folder)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        log.warning("saving and stopping after this step")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _fit(stages: tuple[Stage, ...], name: str, counts: range, resources: Resources) -> None:
     """Run the workers to the end, again where one is lost. Errors of ours come out as they were raised on a worker."""
     tasks = [task for stage in stages for task in stage.tasks]
-    workers, cpus, gpus = _share(counts, resources)
-    attempts, before = 0, None
-    while (lost := _fit_once(stages, name, workers, cpus, gpus)) is not None:
+    failures, before, room = 0, None, _room(counts, resources)
+    while (lost := _fit_once(stages, name, room)) is not None:
         reached = [folder.newest_step(task)[1] for task in tasks]
-        attempts, before = (attempts + 1 if reached == before else 1), reached
-        if any((task.folder / STOP).exists() for task in tasks):
+        if lost.is_taken:  # by others, or by a node that has just gone: fewer workers may find room, else wait for it
+            allowed = range(counts.start, max(room.workers, counts.start + 1))
+        else:
+            failures, before, allowed = (failures + 1 if reached == before else 1), reached, counts
+        if failures > resources.max_restarts:
+            raise TrainingError(f"{name}: a worker failed, running it again resumes it: {lost.how}")
+        found = _room_again(allowed, resources, tasks)
+        if found is None:
             return  # it was asked to stop; what is saved is saved
-        if attempts > resources.max_restarts:
-            raise TrainingError(f"{name}: a worker failed, running it again resumes it: {lost}") from None
-        workers, cpus, gpus = _share(counts, resources, wait_s=ROOM_WAIT_S)
-        for task, step in zip(tasks, reached, strict=True):
-            if (task.folder / folder.TASK).is_file() and not folder.is_finished(task):
-                text = f"a worker was lost ({lost}); starting again from here with {_workers(workers)}"
-                events.say(task.folder, step, "restart", text)
+        if not lost.is_taken or found.workers != room.workers:
+            text = f"{lost.how}; starting again from here with {_workers(found.workers)}"
+            for task, step in zip(tasks, reached, strict=True):
+                if (task.folder / TASK).is_file() and not folder.is_finished(task):
+                    events.say(task.folder, step, "restart", text)
+        room = found
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Workers that the cluster has room for, and what each of them is given."""
+
+    workers: int
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True)
+class _Lost:
+    """Why a group of workers ended before its work was done."""
+
+    how: str
+    is_taken: bool = False  # it never began: what it needs was in use
 
 
 def _workers(number: int) -> str:
     return "1 worker" if number == 1 else f"{number} workers"
 
 
-def _fit_once(stages: tuple[Stage, ...], name: str, workers: int, cpus: float, gpus: float) -> str | None:
-    """Run the workers until they end: None when they are done, else how one was lost. Errors of ours are raised."""
+def _fit_once(stages: tuple[Stage, ...], name: str, room: _Room) -> _Lost | None:
+    """Run the workers until they end: None when they are done. Errors of ours, and mistakes in our code, are raised."""
     runs = stages[0].tasks[0].folder.parent
     runtime.set_variable("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", CONTROLLER_POLL_S)
+    runtime.set_variable("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{START_WAIT_S:g}", keep=False)
+    for stuck in ("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "RAY_TRAIN_COLLECTIVE_TIMEOUT_S"):
+        runtime.set_variable(stuck, f"{STUCK_AFTER_S:g}", keep=False)
     one_run = [task.folder.name for stage in stages for task in stage.tasks] == [name]
     for _attempt in range(MAX_ATTEMPTS):
         # Ray's list of checkpoints: we find the newest ourselves, and Ray would not start once one on it is pruned.
         (runs / name / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
         trainer = TorchTrainer(
             train_worker,
-            train_loop_config={"work": Work(stages, threads=max(1, int(cpus)), report=one_run)},
+            train_loop_config={"work": Work(stages, threads=max(1, int(room.cpus)), report=one_run)},
+            torch_config=TorchConfig(timeout_s=math.ceil(STUCK_AFTER_S)),
             scaling_config=ScalingConfig(
-                num_workers=workers,
-                use_gpu=gpus > 0,
-                resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
+                num_workers=room.workers,
+                use_gpu=room.gpus > 0,
+                resources_per_worker={"CPU": room.cpus, **({"GPU": room.gpus} if room.gpus else {})},
             ),
             run_config=RunConfig(
                 name=name,
                 storage_path=str(runs),
                 checkpoint_config=CheckpointConfig(num_to_keep=None),
-                failure_config=FailureConfig(max_failures=0),
+                # Ray would try again for ever, with as many workers as before; how many there is room for is said here.
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
             ),
         )
         try:
             trainer.fit()
             return None
         except TrainingFailedError as error:
-            causes = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
-            if (ours := next((found for cause in causes if (found := _ours(cause)) is not None), None)) is not None:
-                raise ours from error
-            # a traceback's error, or how the process died
-            lost = str(error).strip().rpartition("\n")[2][:300]
+            lost = _judge(name, error)
             if GROUP_REMOVED not in str(error):
                 return lost
             log.warning("Ray took the workers of %s away while they started; starting them again", name)
     return lost
+
+
+def _judge(name: str, error: TrainingFailedError) -> _Lost:
+    """How the workers were lost; raises what another group of workers would meet again."""
+    of_controller: Exception | None = getattr(error, "controller_failure", None)
+    of_ranks: dict[int, Exception] = getattr(error, "worker_failures", {})
+    for cause in (*of_ranks.values(), of_controller):
+        if (ours := _ours(cause)) is not None:
+            raise ours from error
+        if isinstance(cause, MISTAKES):
+            log.error("%s", error)  # with the worker's traceback
+            raise TrainingError(f"{name}: a worker failed: {type(cause).__name__}: {cause}") from error
+    if type(of_controller).__name__ == "WorkerGroupStartupTimeoutError":  # Ray 2.60 keeps the class to itself
+        return _Lost("no room for all workers", is_taken=True)
+    # A rank that lost its peer fails too; the one that was lost says why.
+    dead = {rank: cause for rank, cause in of_ranks.items() if "health check" in str(cause)} or of_ranks
+    why = str(next(iter(dead.values()), error)).strip().rpartition("\n")[2]
+    which = f"worker {min(dead)} of {name}" if dead else "a worker"
+    return _Lost(f"{which} was lost ({why.partition(' Some common causes')[0][:300]})")
 
 
 def _ours(error: BaseException | None) -> UlmError | None:
@@ -233,25 +247,45 @@ def _ours(error: BaseException | None) -> UlmError | None:
     return error
 
 
-def _share(counts: range, resources: Resources, wait_s: float = 0.0) -> tuple[int, float, float]:
-    """How many workers the cluster has room for, with CPUs and GPUs of each: the recipe's, else equal shares.
+def _room(counts: range, resources: Resources) -> _Room:
+    """The most workers of these that the cluster has room for, with what each gets: the recipe's, else equal shares.
 
-    ClusterError when it has no room for the fewest, after `wait_s` seconds in which a node may come back.
+    ClusterError when it has no room for the fewest. What others use at the moment counts as room.
     """
-    deadline_s = time.monotonic() + wait_s
-    while True:
-        total = ray.cluster_resources()
-        for workers in reversed(counts):
-            given = resources.gpus_per_worker
-            gpus = given if given is not None else float(total.get("GPU", 0) >= workers)
-            cpus = resources.cpus_per_worker or max(1.0, total.get("CPU", 1) // workers)
-            if cpus * workers <= total.get("CPU", 0) and gpus * workers <= total.get("GPU", 0):
-                return workers, cpus, gpus
-        if time.monotonic() > deadline_s:
-            needs = f"{_workers(workers)} need{'s' if workers == 1 else ''} {cpus * workers:g} CPUs"
-            has = f"the cluster has {total.get('CPU', 0):g} and {total.get('GPU', 0):g}"
-            raise ClusterError(f"{needs} and {gpus * workers:g} GPUs, {has}; fewer train.workers, or smaller resources")
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    total = {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU")}
+    for workers in reversed(counts):
+        given = resources.gpus_per_worker
+        gpus = given if given is not None else float(total["GPU"] >= workers)
+        shares = [float(share) for share in range(int(total["CPU"]) // workers, 1, -1)]
+        for cpus in [resources.cpus_per_worker] if resources.cpus_per_worker else [*shares, 1.0]:
+            if sum(_fitting(node, cpus, gpus) for node in nodes) >= workers:
+                return _Room(workers, cpus, gpus)
+    needs = f"{_workers(workers)} need{'s' if workers == 1 else ''} {cpus * workers:g} CPUs"
+    has = f"the cluster has {total['CPU']:g} and {total['GPU']:g}"
+    raise ClusterError(f"{needs} and {gpus * workers:g} GPUs, {has}; fewer train.workers, or smaller resources")
+
+
+def _fitting(node: dict[str, float], cpus: float, gpus: float) -> int:
+    """Workers that a node can hold."""
+    by_cpus = node.get("CPU", 0.0) // cpus
+    return int(min(by_cpus, node.get("GPU", 0.0) // gpus) if gpus else by_cpus)
+
+
+def _room_again(counts: range, resources: Resources, tasks: Sequence[TrainTask]) -> _Room | None:
+    """Room for workers after some were lost; None when the tasks were asked to stop meanwhile.
+
+    ClusterError when there is none for the fewest, also after ROOM_WAIT_S, in which a node may come back.
+    """
+    deadline_s = time.monotonic() + ROOM_WAIT_S
+    while not any((task.folder / STOP).exists() for task in tasks):
+        try:
+            return _room(counts, resources)
+        except ClusterError:
+            if time.monotonic() > deadline_s:
+                raise
         time.sleep(1.0)
+    return None
 
 
 def _watched(

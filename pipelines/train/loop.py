@@ -5,11 +5,13 @@ One process calls `train` by itself; several call it together, each with its ran
 
 from __future__ import annotations
 
+import errno
+import gc
 import hashlib
 import math
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,8 @@ from torch import Tensor
 from pipelines.train import events, folder, samples, validation
 from pipelines.train.feed import Feed
 from pipelines.train.figures import MetricsFile, StepFigures
-from pipelines.train.guard import Tripped
-from pipelines.train.run import Run
+from pipelines.train.guard import Rollbacks, Tripped
+from pipelines.train.run import Run, agree
 from pipelines.train.task import TrainTask
 from pipelines.train.trackers import Trackers
 from ulm import registry, runtime
@@ -67,51 +69,71 @@ def train(
     the guard sends all ranks back to a checkpoint, at a lower rate; TrainingError when that has happened too often, or
     when a checkpoint cannot be written.
     """
-    edges = Edges(on_step, on_checkpoint, should_stop)
+    edges, device = Edges(on_step, on_checkpoint, should_stop), device or runtime.device()
+    folder.check_workers(task, range(world_size, world_size + 1))
     with ExitStack() as stack:
         if rank == 0:
             stack.enter_context(folder.held(task))
             folder.claim(task)
-        if folder.is_finished(task):
+            stack.enter_context(folder.failure_told([task]))
+            stack.enter_context(_full_disk_told(task))
+        if agree(int(rank == 0 and folder.is_finished(task)), world_size, device):
             return Result(folder.newest_step(task)[1], store.newest(task.folder))
-        back = _Back(task)
+        so_far = None
         while True:
-            run = Run.open(task, rank, world_size, device or runtime.device())
-            run.lr_scale = min(run.lr_scale, back.lr_scale)
-            try:
-                with run:
-                    return _train_on(run, edges)
-            except Tripped as tripped:
-                back.go(run, tripped)
+            done = _until_tripped(task, rank, world_size, device, edges, so_far)
+            if isinstance(done, Result):
+                return done
+            so_far = done
+            gc.collect()  # two models at a time may be more than the memory holds
 
 
-class _Back:
-    """Going back to a good checkpoint, further each time that the same stretch of steps fails again."""
+def _until_tripped(
+    task: TrainTask, rank: int, world_size: int, device: torch.device, edges: Edges, so_far: Rollbacks | None
+) -> Result | Rollbacks:
+    """How training ended; or the rollbacks so far, where the newest checkpoint is now one to go on from.
 
-    def __init__(self, task: TrainTask) -> None:
-        self._config, self._times, self._checkpoints, self._last_step = task.recipe.guard, 0, 0, -1
-        self.lr_scale = 1.0
+    TrainingError when the recipe allows no more of them.
+    """
+    run = Run.open(task, rank, world_size, device)
+    run.rollbacks = so_far or run.rollbacks  # a checkpoint knows of those before it
+    try:
+        with run:
+            return _train_on(run, edges)
+    except Tripped as tripped:
+        _go_back(run, tripped)
+    return run.rollbacks
 
-    def go(self, run: Run, tripped: Tripped) -> None:
-        """Leave the checkpoint to go on from as the newest; TrainingError when it has been tried often enough."""
-        newest = store.newest(run.task.folder)
+
+def _go_back(run: Run, tripped: Tripped) -> None:
+    """Leave the checkpoint to go on from as the newest; TrainingError when that has been tried often enough."""
+    config, newest = run.task.recipe.guard, store.newest(run.task.folder)
+    run.rollbacks.trip(tripped.step, config.lr_factor)
+    if run.rollbacks.times > config.rollbacks:
         kept = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
         remedy = "a lower optimizer.lr or a longer warm-up usually helps"
-        self._times += 1
-        if self._times > self._config.rollbacks:
-            raise TrainingError(f"{run.task.run}: step {tripped.step}: {tripped}; {kept}; {remedy}") from None
-        self._checkpoints = self._checkpoints + 1 if tripped.step <= self._last_step else 1
-        self._last_step = tripped.step
-        self.lr_scale = run.lr_scale * self._config.lr_factor
-        if run.rank == 0:
-            whole = store.whole_steps(run.task.folder)
-            for bad in whole[len(whole) - self._checkpoints + 1 :]:
-                store.remove(bad)
-            newest = store.newest(run.task.folder)
-            target = newest.name if newest else "the beginning"
-            text = f"{tripped}; going back to {target}, from there with {self.lr_scale:g} of the rate"
-            events.say(run.task.folder, tripped.step, "rollback", text)
-        run.agree(0)
+        raise TrainingError(f"{run.task.run}: step {tripped.step}: {tripped}; {kept}; {remedy}") from None
+    if run.rank == 0:
+        whole = store.whole_steps(run.task.folder)
+        for bad in whole[max(0, len(whole) - run.rollbacks.checkpoints + 1) :]:
+            store.remove(bad)
+        newest = store.newest(run.task.folder)
+        target = newest.name if newest else "the beginning"
+        text = f"{tripped}; going back to {target}, from there with {run.rollbacks.lr_scale:g} of the rate"
+        events.say(run.task.folder, tripped.step, "rollback", text)
+    run.agree(0)
+
+
+@contextmanager
+def _full_disk_told(task: TrainTask) -> Iterator[None]:
+    """A disk too full for metrics or events comes out of the block as a TrainingError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        remedy = "make room and run it again: it resumes from its newest checkpoint"
+        raise TrainingError(f"{task.run}: no space left for what the run writes in {task.folder}; {remedy}") from None
 
 
 def _train_on(run: Run, edges: Edges) -> Result:
@@ -173,12 +195,13 @@ def _update(run: Run, feed: Feed, edges: Edges) -> tuple[dict[str, Any], _Asked]
     batch = feed.next()
     data_wait_s = time.perf_counter() - asked_s
     # Random numbers (dropout) are a function of seed, step and rank: nothing to store, nothing to replay.
-    torch.manual_seed(_seed(task.train.seed, run.step, run.rank))
+    runtime.seed(run.device, _seed(task.train.seed, run.step, run.rank))
     share = registry.find("schedule", task.schedule.kind).share(task.schedule, run.step, task.num_steps)
-    nats, norm = run.updater.update(batch, share * run.lr_scale)
+    lr_share = share * run.rollbacks.lr_scale
+    nats, norm = run.updater.update(batch, lr_share)
     run.step, run.tokens = run.step + 1, run.tokens + batch.num_targets
     run.follow_average()
-    sums = run.add_over_ranks(torch.cat([nats.reshape(1), _signals(run, edges).to(run.device)]))
+    sums = run.add_over_ranks(torch.cat([nats.double().reshape(1), _signals(run, edges).to(run.device)]))
     total, stop, save, saved, grad_norm = torch.cat([sums, norm.reshape(1)]).tolist()  # the step's one wait
     loss = total / batch.num_targets
     if run.updater.scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(grad_norm):
@@ -193,7 +216,7 @@ def _update(run: Run, feed: Feed, edges: Edges) -> tuple[dict[str, Any], _Asked]
         "tokens": run.tokens,
         "step_tokens": batch.num_targets,
         "batch_digest": batch.digest,
-        "lr": task.optimizer.lr * share * run.lr_scale,  # type: ignore[attr-defined]
+        "lr": task.optimizer.lr * lr_share,  # type: ignore[attr-defined]
         "grad_norm": grad_norm,
         "data_wait_s": data_wait_s,
     }, _Asked(stop > 0, save > 0, store.step_folder(task.folder, int(saved)) if saved else None)
@@ -204,7 +227,7 @@ def _signals(run: Run, edges: Edges) -> Tensor:
     saved = run.saver.done()
     by_the_clock = run.rank == 0 and run.task.train.checkpoint_every_steps is None and run.saver.is_due()
     step = 0 if saved is None else store.step_of(saved)
-    return torch.tensor([float(edges.should_stop()), float(by_the_clock), float(step)])
+    return torch.tensor([edges.should_stop(), by_the_clock, step], dtype=torch.float64)  # float32 ends at step 2^24
 
 
 def _evaluate(run: Run) -> dict[str, Any]:
@@ -214,7 +237,10 @@ def _evaluate(run: Run) -> dict[str, Any]:
         return {}
     with run.served_weights(), run.updater.autocast(), eagerly(run):
         sums = run.held_out.score(run.model, run.device, run.rank, run.world_size)
-    return validation.figures(run.add_over_ranks(sums.to(run.device)))
+    found = validation.figures(run.add_over_ranks(sums.to(run.device)))
+    if not math.isfinite(found["val_loss"] or 0.0):  # the update may have ruined the weights, after its own loss
+        raise Tripped(run.step, f"val_loss {found['val_loss']}: not finite")
+    return found
 
 
 def eagerly(run: Run) -> Any:

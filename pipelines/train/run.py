@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelines.train import events, folder
+from pipelines.train import events, legs
 from pipelines.train.feed import Feed
-from pipelines.train.guard import Watch
+from pipelines.train.guard import Rollbacks, Watch
 from pipelines.train.rows import Rows
 from pipelines.train.saver import Saver
 from pipelines.train.task import TrainTask
@@ -63,18 +63,17 @@ class Run:
     init_digest: str | None
     saver: Saver
     watch: Watch
-    average: dict[str, Tensor] | None = None  # of the weights, as store.tensors names them
+    average: dict[str, Tensor] | None = None  # of the weights, in float32, as store.tensors names them
     step: int = 0
     tokens: int = 0
-    lr_scale: float = 1.0  # below 1 after a rollback
+    rollbacks: Rollbacks = field(default_factory=Rollbacks)
     best: Best = field(default_factory=Best)
     ended: str | None = None  # why the run is over before its last step
 
     @classmethod
     def open(cls, task: TrainTask, rank: int, world_size: int, device: torch.device) -> Run:
         """The run where its newest undamaged checkpoint left it, else at its beginning."""
-        folder.check_workers(task, range(world_size, world_size + 1))
-        rows = Rows.of(task)
+        rows = Rows.of(task, legs.agreed(task, rank, world_size, device))
         val = RowPlan.make(
             rows.corpus, "val", context_tokens=task.spec.context_tokens, documents=task.chosen_documents()
         )
@@ -100,7 +99,12 @@ class Run:
             watch=Watch(task.recipe.guard),
         )
         if task.train.ema_decay is not None:
-            run.average = {name: tensor.clone() for name, tensor in store.tensors(model).items()}
+            # bfloat16 would lose every move of less than one part in 256
+            run.average = {
+                name: tensor.to(torch.float32, copy=True)
+                for name, tensor in store.tensors(model).items()
+                if tensor.is_floating_point()
+            }
         run._resume()
         if rank == 0:
             run._say_start()
@@ -130,10 +134,10 @@ class Run:
             served = store.read_weights(store.step_folder(self.task.folder, found))
             for name, tensor in self.average.items():
                 tensor.copy_(served[name])
-        self.step, self.tokens, self.lr_scale, self.ended = (
-            state["step"], state["tokens"], state["lr_scale"], state["ended"],
-        )  # fmt: skip
-        self.best = Best(**{**state["best"], "val_loss": float(state["best"]["val_loss"])})
+        self.step, self.tokens, self.ended = state["step"], state["tokens"], state["ended"]
+        self.rollbacks = Rollbacks(**state["rollbacks"])
+        if not legs.has_grown(self.rows.legs, state, store.step_folder(self.task.folder, found)):
+            self.best = Best(**{**state["best"], "val_loss": float(state["best"]["val_loss"])})  # else on another text
         self.watch.restore(state["watch"])
         if state["scaler"]:
             self.updater.scaler.load_state_dict(state["scaler"])
@@ -164,7 +168,7 @@ class Run:
 
     def agree(self, mine: int) -> int:
         """Rank 0's number, on every rank; all are here when it returns."""
-        return int(self.add_over_ranks(torch.tensor(mine if self.rank == 0 else 0, device=self.device)).item())
+        return agree(mine if self.rank == 0 else 0, self.world_size, self.device)
 
     def follow_average(self) -> None:
         """Move the average of the weights towards them, after an update (Polyak averaging, exponentially forgetting).
@@ -175,23 +179,22 @@ class Run:
             return
         decay = min(self.task.train.ema_decay, (1 + self.step) / (10 + self.step))
         weights = store.tensors(self.model)
-        torch._foreach_lerp_(list(self.average.values()), [weights[name] for name in self.average], 1 - decay)
+        torch._foreach_lerp_(list(self.average.values()), [weights[name].float() for name in self.average], 1 - decay)
 
     @contextmanager
     def served_weights(self) -> Iterator[None]:
-        """In the block the model has the weights that its checkpoint serves: their average where one is kept."""
-        if self.average is None:
-            yield
-            return
-        weights = store.tensors(self.model)
-        raw = {name: tensor.clone() for name, tensor in weights.items()}
+        """In the block the model is as its checkpoint serves it: with averaged weights where kept, and not training."""
+        weights, average = store.tensors(self.model), self.average or {}
+        raw = {name: weights[name].clone() for name in average}
+        self.model.eval()
         try:
-            for name, tensor in weights.items():
-                tensor.copy_(self.average[name])
+            for name, tensor in average.items():
+                weights[name].copy_(tensor)
             yield
         finally:
-            for name, tensor in weights.items():
-                tensor.copy_(raw[name])
+            for name, tensor in raw.items():
+                weights[name].copy_(tensor)
+            self.model.train()
 
     def save(self, val_loss: float | None) -> None:
         """Take this step's training checkpoint, which rank 0 writes while training goes on."""
@@ -201,10 +204,11 @@ class Run:
             "step": self.step,
             "tokens": self.tokens,
             "cursor": self.cursor,
+            "legs": legs.dumped(self.rows.legs),
             "rng": {"seed": self.task.train.seed, "step": self.step},  # all there is: every step is seeded anew
             "schedule": self.task.schedule.model_dump(mode="json"),
             "num_steps": self.task.num_steps,
-            "lr_scale": self.lr_scale,
+            "rollbacks": vars(self.rollbacks).copy(),
             "best": {**vars(self.best), "val_loss": str(self.best.val_loss)},  # may be inf, which is no JSON
             "watch": self.watch.state(),
             "scaler": self.updater.scaler.state_dict(),
@@ -231,15 +235,27 @@ class Run:
         self.saver.close()
 
 
+def agree(mine: int, world_size: int, device: torch.device) -> int:
+    """The sum of all ranks' numbers, on every rank; all are here when it returns."""
+    if world_size == 1:
+        return mine
+    number = torch.tensor(mine, device=device)
+    dist.all_reduce(number)
+    return int(number)
+
+
 def _newest_undamaged(folder: Path) -> int:
     """Step of the newest checkpoint that can be read whole, 0 for none. Damaged ones are set aside, with an event."""
-    while (newest := store.newest(folder)) is not None:
-        step = store.step_of(newest)
+    steps = store.step_folders(folder)
+    while steps:
+        newest = steps.pop()
         try:
             store.check(newest)
-            return step
+            store.read_state(newest)
+            return store.step_of(newest)
         except ArtefactError as error:
             aside = store.set_aside(newest)
-            text = f"{newest.name} is damaged, the one before is taken: {error}; it is kept as {aside.name}"
-            events.say(folder, step, "damaged", text)
+            instead = f"the one before, {steps[-1].name}, is taken" if steps else "training starts from the beginning"
+            text = f"{newest.name} is damaged, {instead}: {error}; it is kept as {aside.name}"
+            events.say(folder, store.step_of(newest), "damaged", text)
     return 0

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ulm import dial
 from ulm.artefacts import digest_file
 from ulm.checkpoints import store
 from ulm.checkpoints.manifest import read_manifest
@@ -90,18 +92,22 @@ class Stage:
 
 def resolve(recipe: TrainRecipe, *, root: Path, near: Path | None = None) -> TrainTask:
     """The task that a recipe means; ConfigError where its parts do not fit each other or the corpus."""
+    for package in recipe.log_to:
+        if find_spec(package) is None:
+            raise ConfigError("log_to", f"{package} is not installed", f"pip install {package}, or leave it out")
     corpus = Corpus.open(recipe.corpus, root=root, near=near, place="corpus")
     if not corpus.num_tokens("train"):
         raise ConfigError("corpus", f"{corpus.folder} has no training documents", "build it with other split shares")
     init_from = store.resolve(recipe.init_from, root=root, near=near, place="init_from") if recipe.init_from else None
     spec = _spec(recipe, corpus, init_from)
     train = recipe.train
-    # A model that comes from a checkpoint has no preset, and so no preset's defaults.
+    # A model that comes from a checkpoint has no named size: the dial's rules hold, as for any size without a name.
     defaults = {} if _model_from_checkpoint(recipe) else ModelSpec.training_defaults(recipe.model)
-    batch_tokens = _batch_tokens(train, spec, defaults)
+    defaults = {**dial.training_defaults(_parameters(spec)), **defaults}
+    batch_tokens = _batch_tokens(train, spec, defaults["batch_tokens"])
     optimizer = configure("optimizer", recipe.optimizer)
     if getattr(optimizer, "lr", None) is None:
-        optimizer = optimizer.model_copy(update={"lr": defaults.get("lr") or default_lr(spec)})
+        optimizer = optimizer.model_copy(update={"lr": defaults["lr"]})
     return TrainTask(
         run=recipe.name,
         folder=root / "runs" / recipe.name,
@@ -116,18 +122,6 @@ def resolve(recipe: TrainRecipe, *, root: Path, near: Path | None = None) -> Tra
     )
 
 
-def default_lr(spec: ModelSpec) -> float:
-    """Peak rate for a model without a preset: 0.6 / d_model, at most 4e-3; within a third of what the presets say."""
-    return min(4e-3, 0.6 / spec.d_model)
-
-
-def default_batch_tokens(spec: ModelSpec) -> int:
-    """Global batch for a model without a preset: the presets' own, by number of parameters."""
-    limits = ((2e6, 8_192), (10e6, 16_384), (60e6, 65_536), (200e6, 262_144))
-    size = _parameters(spec)
-    return next((batch for limit, batch in limits if size < limit), 524_288)
-
-
 def _model_from_checkpoint(recipe: TrainRecipe) -> bool:
     return recipe.init_from is not None and "model" not in recipe.model_fields_set
 
@@ -135,6 +129,9 @@ def _model_from_checkpoint(recipe: TrainRecipe) -> bool:
 def _spec(recipe: TrainRecipe, corpus: Corpus, init_from: Path | None) -> ModelSpec:
     vocab_size, context_tokens = corpus.tokenizer.vocab_size, recipe.train.context_tokens
     base = store.read_spec(init_from) if init_from else None
+    if base is not None and base.max_positions is not None and (context_tokens or 0) > base.max_positions:
+        problem = f"{context_tokens}, but the model of init_from has {base.max_positions} positions"
+        raise ConfigError("train.context_tokens", problem, f"at most {base.max_positions}")
     if base is not None and _model_from_checkpoint(recipe):
         spec = base if context_tokens is None else base.model_copy(update={"context_tokens": context_tokens})
     else:
@@ -161,11 +158,10 @@ def _check_same(spec: ModelSpec, base: ModelSpec, init_from: Path, corpus: Corpu
             raise ConfigError("init_from", f"its model has another {field} than this recipe's", remedy)
 
 
-def _batch_tokens(train: Train, spec: ModelSpec, defaults: dict[str, Any]) -> int:
+def _batch_tokens(train: Train, spec: ModelSpec, usual: int) -> int:
     context_tokens = spec.context_tokens
     if train.batch_tokens is None:
-        wanted = int(defaults.get("batch_tokens") or default_batch_tokens(spec))
-        return max(1, wanted // context_tokens) * context_tokens
+        return max(1, usual // context_tokens) * context_tokens
     if train.batch_tokens % context_tokens:
         near = max(1, round(train.batch_tokens / context_tokens)) * context_tokens
         problem = f"{train.batch_tokens} is not a multiple of context_tokens {context_tokens}"

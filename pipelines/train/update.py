@@ -59,7 +59,10 @@ class Updater:
         self.micro_batch_rows = task.train.micro_batch_rows or self._rows_that_fit(task, rows)
         if world_size > 1:
             ids = [device] if device.type == "cuda" else None
-            self._objective = DistributedDataParallel(self._objective, device_ids=ids)
+            # Buffers are tables that follow from the spec: no need to broadcast them before every forward.
+            self._objective = DistributedDataParallel(
+                self._objective, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
 
     def autocast(self) -> AbstractContextManager[None]:
         """Matrix products in the run's precision."""
@@ -145,7 +148,8 @@ def compiles(task: TrainTask, model: Any, device: torch.device) -> bool:
     """Whether torch.compile is used: as the recipe says, else where the task is long enough to pay for it."""
     if not runtime.can_compile(device):
         if task.train.compile:
-            log.warning("torch.compile needs a C++ compiler (on a GPU Triton), which is missing: running eagerly")
+            needed = "a C++ compiler and Python's headers" + (", and Triton" if device.type == "cuda" else "")
+            log.warning("torch.compile needs %s, of which something is missing: running eagerly", needed)
         return False
     if task.train.compile is not None:
         return task.train.compile

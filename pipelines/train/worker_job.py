@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import time
+from collections import Counter as Tally
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray.train
 import torch
@@ -14,20 +18,28 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.torch import get_device
 from ray.util.metrics import Counter, Gauge
 
+from pipelines.train import events
 from pipelines.train.figures import StepFigures
 from pipelines.train.loop import Result, train
+from pipelines.train.stopping import STOP
 from pipelines.train.task import Stage, TrainTask
 from ulm import runtime
 from ulm.metrics import METRICS
 
-STOP = "stop"  # a file in the run's folder: save and return after the step under way
-GAUGES = (
-    "ulm_train_tokens_per_second",
-    "ulm_train_loss",
-    "ulm_train_bits_per_byte",
-    "ulm_memory_resident_bytes",
-    "ulm_memory_gpu_bytes",
-)
+# By metric, what of StepFigures it shows.
+GAUGES = {
+    "ulm_train_tokens_per_second": "tokens_per_second",
+    "ulm_train_loss": "loss",
+    "ulm_train_val_loss": "val_loss",
+    "ulm_train_bits_per_byte": "bits_per_byte",
+    "ulm_train_step": "step",
+    "ulm_train_mfu": "mfu",
+    "ulm_train_learning_rate": "lr",
+    "ulm_train_grad_norm": "grad_norm",
+}
+COUNTERS = ("ulm_train_tokens_total", "ulm_train_data_wait_seconds_total", "ulm_train_events_total")
+MEMORY = ("ulm_memory_resident_bytes", "ulm_memory_gpu_bytes")
+EXPORT_EVERY_S = 1.0  # setting them takes 0.2 ms, and a step may take ten; Prometheus asks every few seconds
 
 
 @dataclass(frozen=True)
@@ -44,19 +56,20 @@ def train_worker(config: dict[str, Work]) -> None:
     work = config["work"]
     torch.set_num_threads(work.threads)
     logging.getLogger("pipelines").setLevel(logging.INFO)
-    context, device, export = ray.train.get_context(), get_device(), _exporter()
+    context, device, exporter = ray.train.get_context(), get_device(), Exporter()
     rank, world_size = context.get_world_rank(), context.get_world_size()
 
     def run(task: TrainTask, rank: int, world_size: int) -> Result:
-        return train(
-            task,
-            rank=rank,
-            world_size=world_size,
-            device=device,
-            on_step=lambda figures: export(task, figures),
-            on_checkpoint=_report if work.report else lambda place: None,
-            should_stop=(task.folder / STOP).exists,
-        )
+        with exporter.of(task) as on_step:
+            return train(
+                task,
+                rank=rank,
+                world_size=world_size,
+                device=device,
+                on_step=on_step,
+                on_checkpoint=_report if work.report else lambda place: None,
+                should_stop=(task.folder / STOP).exists,
+            )
 
     for number, stage in enumerate(work.stages):
         stopped = False
@@ -80,20 +93,52 @@ def _report(place: Path) -> None:
     ray.train.report({}, Checkpoint(str(place)), checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
 
 
-def _exporter() -> Callable[[TrainTask, StepFigures], None]:
-    """Sets the training metrics after each step."""
-    declared = METRICS["ulm_train_tokens_total"]
-    counter = Counter(declared.name.removesuffix("_total"), description=declared.help, tag_keys=declared.tags)
-    gauges = {name: Gauge(name, description=METRICS[name].help, tag_keys=METRICS[name].tags) for name in GAUGES}
+class Exporter:
+    """The training metrics, as Ray exports them."""
 
-    def export(task: TrainTask, figures: StepFigures) -> None:
+    def __init__(self) -> None:
+        self._gauges = {name: _declared(Gauge, name) for name in (*GAUGES, *MEMORY)}
+        self._tokens, self._data_wait_s, self._events = (_declared(Counter, name) for name in COUNTERS)
+
+    @contextmanager
+    def of(self, task: TrainTask) -> Iterator[Callable[[StepFigures], None]]:
+        """What to call after each step of a task. About once a second, and at the end, the metrics are set."""
         tags = {"run": task.run, "model": f"{task.spec.d_model}x{task.spec.num_layers}"}
-        counter.inc(figures.step_tokens, tags)
-        gauges["ulm_train_tokens_per_second"].set(figures.tokens_per_second, tags)
-        gauges["ulm_train_loss"].set(figures.loss, tags)
-        if figures.bits_per_byte is not None:
-            gauges["ulm_train_bits_per_byte"].set(figures.bits_per_byte, tags)
-        gauges["ulm_memory_resident_bytes"].set(runtime.rss_bytes(), {"role": "trainer"})
-        gauges["ulm_memory_gpu_bytes"].set(runtime.gpu_bytes(), {"role": "trainer"})
+        latest: dict[str, float] = {}
+        tokens, data_wait_s, exported_s = 0, 0.0, 0.0
+        told: Tally[str] = Tally()
 
-    return export
+        def see(figures: StepFigures) -> None:
+            nonlocal tokens, data_wait_s
+            tokens, data_wait_s = tokens + figures.step_tokens, data_wait_s + figures.data_wait_s
+            for name, field in GAUGES.items():
+                if (value := getattr(figures, field)) is not None:
+                    latest[name] = value
+            if time.monotonic() - exported_s > EXPORT_EVERY_S:
+                export()
+
+        def export() -> None:
+            nonlocal tokens, data_wait_s, exported_s, told
+            for name, value in latest.items():
+                self._gauges[name].set(value, tags)
+            for name, num_bytes in zip(MEMORY, (runtime.rss_bytes(), runtime.gpu_bytes()), strict=True):
+                self._gauges[name].set(num_bytes, {"role": "trainer"})
+            if tokens:  # Ray's counters refuse to be moved by nothing
+                self._tokens.inc(tokens, tags)
+            if data_wait_s > 0:
+                self._data_wait_s.inc(data_wait_s, tags)
+            happened = Tally(event.kind for event in events.read(task.folder))
+            for kind, number in (happened - told).items():
+                self._events.inc(number, {**tags, "kind": kind})
+            tokens, data_wait_s, exported_s, told = 0, 0.0, time.monotonic(), happened
+
+        try:
+            yield see
+        finally:
+            if latest:
+                export()
+
+
+def _declared(kind: Any, name: str) -> Any:
+    metric = METRICS[name]
+    return kind(name.removesuffix("_total"), description=metric.help, tag_keys=metric.tags)

@@ -18,12 +18,15 @@ import pytest
 from pipelines.train import job
 from pipelines.train.figures import read
 from pipelines.train.loop import train
+from pipelines.train.stopping import request_stop
 from pipelines.train.task import Stage, TrainTask, resolve
 from tests.changed_task import changed
+from tests.processes import training_workers
 from tests.written_corpus import written_corpus
 from ulm.checkpoints import store
 from ulm.checkpoints.manifest import read_manifest
 from ulm.errors import ClusterError, ConfigError, TrainingError
+from ulm.metrics import METRICS
 from ulm.recipes.base import validate
 from ulm.recipes.train import Resources, TrainRecipe
 
@@ -122,24 +125,23 @@ def test_one_group_of_workers_trains_a_seed_together_and_its_branches_side_by_si
 
 
 def test_while_it_trains_its_metrics_are_exported_and_a_request_to_stop_saves(ray_cluster, task):
-    endless, pages = task("endless", num_steps=1_000_000), []
+    endless, pages = task("endless", num_steps=1_000_000, eval_every_steps=10), []
 
     def look(step: int, num_steps: int, line: dict[str, Any]) -> None:
         if step % 20 == 0:
             pages.append(metrics_page(ray_cluster))
-            if 'run="endless"' in pages[-1] and "ray_ulm_memory_resident_bytes{" in pages[-1]:
-                job.request_stop(endless.folder)
+            if 'run="endless"' in pages[-1] and "ray_ulm_train_val_loss{" in pages[-1]:
+                request_stop(endless.folder)
 
     line = job.run_task(endless, resources=ONE_CPU, on_progress=look)
     assert line["status"] == "interrupted"
     assert line["checkpoint"] == str(endless.folder / f"step-{line['step']:08d}")
     assert figures(endless, "step") == list(range(1, line["step"] + 1))
     series = [text for text in pages[-1].splitlines() if text.startswith("ray_ulm_train") and 'run="endless"' in text]
-    assert {text.partition("{")[0] for text in series} >= {
-        "ray_ulm_train_loss",
-        "ray_ulm_train_tokens_total",
-        "ray_ulm_train_tokens_per_second",
-    }
+    declared = {f"ray_{name}" for name in METRICS if name.startswith("ulm_train_")}
+    assert {text.partition("{")[0] for text in series} == declared
+    assert "ray_ulm_memory_resident_bytes{" in pages[-1]
+    assert any("ray_ulm_train_events_total{" in text and 'kind="start"' in text for text in series)
     assert all('model="96x3"' in text for text in series)
     assert not (endless.folder / "stop").exists()
 
@@ -150,15 +152,16 @@ def metrics_page(ray: Any) -> str:
     return httpx.get(url, trust_env=False).text
 
 
-def test_a_killed_worker_ends_the_run_by_name_and_it_resumes_where_it_was_saved(ray_cluster, task):
+def test_without_restarts_a_killed_worker_ends_the_run_by_name_and_it_resumes_where_it_was_saved(ray_cluster, task):
     endless = task("killed", num_steps=1_000_000, checkpoint_every_steps=5)
 
     def kill(step: int, num_steps: int, line: dict[str, Any]) -> None:
         if step == 7:
-            os.kill(train_worker(), signal.SIGKILL)
+            os.kill(*training_workers(), signal.SIGKILL)
 
-    with pytest.raises(TrainingError, match="killed: a worker failed, running it again resumes it: .*process has died"):
-        job.run_task(endless, resources=ONE_CPU, on_progress=kill)
+    message = r"killed: a worker failed, running it again resumes it: worker 0 of killed was lost \(.*process has died"
+    with pytest.raises(TrainingError, match=message):
+        job.run_task(endless, resources=ONE_CPU.model_copy(update={"max_restarts": 0}), on_progress=kill)
     saved = store.newest(endless.folder)
     assert saved is not None
     step = int(saved.name[5:])
@@ -168,22 +171,6 @@ def test_a_killed_worker_ends_the_run_by_name_and_it_resumes_where_it_was_saved(
     assert figures(endless, "step") == list(range(1, step + 4))
     train(task("straight", num_steps=1_000_000), should_stop=iter([False] * (step + 3) + [True]).__next__)
     assert figures(endless, "batch_digest") == figures(task("straight"), "batch_digest")
-
-
-def train_worker() -> int:
-    """The process of the training worker below this one."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if not (process / "cmdline").read_bytes().startswith(b"ray::RayTrainWorker"):
-                continue
-            ancestor = int(process.name)
-            while ancestor > 1 and ancestor != os.getpid():
-                ancestor = int(Path(f"/proc/{ancestor}/stat").read_text().rpartition(")")[2].split()[1])
-            if ancestor == os.getpid():
-                return int(process.name)
-        except OSError:  # it ended meanwhile
-            continue
-    raise AssertionError("no training worker runs")
 
 
 def test_an_error_of_a_worker_comes_out_as_it_was_raised(ray_cluster, task, tmp_path):

@@ -78,18 +78,19 @@ def test_embedding_equals_its_reference(kind):
 @pytest.mark.parametrize("kind", ulm.kinds("position"))
 def test_position_equals_its_reference(kind):
     spec = spec_with("position", kind)
-    component = registry.find("position", kind)(spec.position, dims_of(spec)).double()
-    x_BTHE, positions_BT = drawn(B, T, 3, spec.head_dim), torch.tensor([[*range(T)], [*range(20, 20 + T)]])
-    expected = reference("position", kind)(x_BTHE.numpy(), positions_BT.numpy(), settings(spec.position))
-    np.testing.assert_allclose(component.rotate(x_BTHE, positions_BT), expected, **ROPE_TABLE)
+    component = filled(registry.find("position", kind)(spec.position, dims_of(spec)))
+    positions_BT = torch.tensor([[*range(T)], [*range(20, 20 + T)]])
+    expected = reference("position", kind)(numbers(component), settings(spec.position))
+    for method, x in (("rotate", drawn(B, T, 3, spec.head_dim)), ("embed", drawn(B, T, spec.d_model))):
+        found = getattr(component, method)(x, positions_BT).detach()
+        np.testing.assert_allclose(found, getattr(expected, method)(x.numpy(), positions_BT.numpy()), **ROPE_TABLE)
 
 
 def test_rope_scores_depend_on_distance_alone():
-    turn = reference("position", "rope")
+    turn = reference("position", "rope")({}, {"theta": 10_000.0}).rotate
     q, k = drawn(1, 1, 1, 32).numpy(), drawn(1, 1, 1, 32).numpy() + 1
     scores = [
-        float((turn(q, np.array([[m]]), {"theta": 10_000.0}) * turn(k, np.array([[n]]), {"theta": 10_000.0})).sum())
-        for m, n in ((3, 0), (103, 100), (4, 0))
+        float((turn(q, np.array([[m]])) * turn(k, np.array([[n]]))).sum()) for m, n in ((3, 0), (103, 100), (4, 0))
     ]
     assert scores[0] == pytest.approx(scores[1], abs=1e-9)
     assert abs(scores[0] - scores[2]) > 1e-3
@@ -107,7 +108,7 @@ def test_attention_equals_its_reference(kind):
         settings(spec.attention),
         positions_BT=np.tile(np.arange(T), (B, 1)),
         allowed_BTS=np.tile(causal(T, T), (B, 1, 1)),
-        rotate=lambda x, p: reference("position", spec.position.kind)(x, p, settings(spec.position)),
+        rotate=reference("position", spec.position.kind)({}, settings(spec.position)).rotate,
     )
     np.testing.assert_allclose(
         component(x_BTD, positions_BT=positions_BT, mask=Mask()).detach(), expected, **ROPE_TABLE

@@ -16,6 +16,7 @@ FLOAT32_ORDER = {"rtol": 0.0, "atol": 1e-4}  # the same products, summed in bloc
 SHAPES = {
     "nano": {},
     "untied": {"embedding": {"tied": False}},
+    "learned positions": {"position": {"kind": "learned", "max_tokens": 48}},
     "multi-head": {"attention": {"num_heads": 3, "num_kv_heads": 3}},
     "wide heads": {"attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 64}, "position": {"theta": 500.0}},
 }

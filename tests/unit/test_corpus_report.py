@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.corpus.report.figures import corpus_figures, write_report
-from pipelines.corpus.report.html import counted, text
 from pipelines.corpus.report.plots import cluster_size_plot
+from pipelines.report.html import counted, text
 from tests.written_corpus import write_corpus
 from ulm import artefacts
 from ulm.corpus.manifest import REPORTS

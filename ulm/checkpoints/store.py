@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,16 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def whole_steps(run: Path) -> list[Path]:
-    """Complete step directories of a run, oldest first. A half-written one has another name and is not among them."""
+def step_folders(run: Path) -> list[Path]:
+    """Step directories of a run, oldest first. A half-written one has another name and is not among them."""
     if not run.is_dir():
         return []
-    steps = [p for p in run.iterdir() if _STEP.fullmatch(p.name) and (p / "manifest.json").is_file()]
-    return sorted(steps, key=step_of)
+    return sorted((p for p in run.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()), key=step_of)
+
+
+def whole_steps(run: Path) -> list[Path]:
+    """Those of the `step_folders` that have a manifest: all, unless someone has been at them."""
+    return [p for p in step_folders(run) if (p / "manifest.json").is_file()]
 
 
 def newest(run: Path) -> Path | None:
@@ -59,18 +64,21 @@ def newest(run: Path) -> Path | None:
 
 
 def resolve(text: str, *, root: Path, near: Path | None = None, place: str = "checkpoint") -> Path:
-    """The step directory that a text means: its path, a run (its newest whole step) or a name under models/."""
+    """The step directory that a text means: its path, a name under models/ or a run (its newest whole step).
+
+    A run that has ended has its name under models/ too, which may mean its best step.
+    """
     artefacts.check_path(text, place)
     given = Path(text)
-    candidates = [*([near / given] if near else []), given, root / given, root / "runs" / given]
+    candidates = [*([near / given] if near else []), given, root / given]
+    if (pointer := root / "models" / given).is_file():
+        candidates.append(artefacts.follow(pointer))
+    candidates.append(root / "runs" / given)
     for folder in (c for c in candidates if c.is_dir()):
         if (folder / "manifest.json").is_file():
             return folder.resolve()
         if (step := newest(folder)) is not None:
             return step.resolve()
-    pointer = root / "models" / given
-    if pointer.is_file() and (folder := artefacts.follow(pointer)).is_dir():
-        return newest(folder) or folder
     if any(c.is_dir() for c in candidates):
         raise ConfigError(place, f"{text}: no complete checkpoint in this folder", "train it first")
     known = sorted({*artefacts.names(root / "models"), *(p.parent.name for p in (root / "runs").glob("*/step-*"))})
@@ -119,9 +127,9 @@ def snapshot(
         training, rest = _flatten(model, optimizer)
         state = {**(state or {}), "optimizer": rest}
         if average is not None:
-            training |= {name + RAW: tensor for name, tensor in weights.items()}
+            training |= {name + RAW: weights[name] for name in average}
     lineage = {"step": step, "run": run, "corpus_digest": corpus_digest, "init_from": init_from}
-    kept = [weights if average is None else average, training]
+    kept = [weights if average is None else {**weights, **average}, training]
     if copy:
         kept = [held and {name: t.to("cpu", copy=True) for name, t in held.items()} for held in kept]
     spec: ModelSpec = model.spec  # type: ignore[assignment]
@@ -218,12 +226,22 @@ def read_state(folder: Path) -> dict[str, Any]:
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
         raise ArtefactError(f"{path}: not a readable state: {error}; {REMEDY}") from None
+    if not isinstance(state, dict):
+        raise ArtefactError(f"{path}: not a readable state: no object; {REMEDY}")
     return state
 
 
 def best(run: Path) -> list[Path]:
-    """Whole steps of a run that were saved with an evaluation, the lowest val_loss first."""
-    scored = [(state["val_loss"], p) for p in whole_steps(run) if "val_loss" in (state := read_state(p))]
+    """Whole steps of a run that were saved with an evaluation, the lowest val_loss first.
+
+    Where the run's corpus has grown, only those since then: others were evaluated on another text.
+    """
+    states = []
+    for path in whole_steps(run):
+        with suppress(ArtefactError):  # a damaged one is no reason to stop; it is said when a run would go on from it
+            states.append((read_state(path), path))
+    legs = states[-1][0].get("legs") if states else None
+    scored = [(s["val_loss"], path) for s, path in states if "val_loss" in s and s.get("legs") == legs]
     return [path for _, path in sorted(scored)]
 
 
@@ -244,6 +262,8 @@ def set_aside(folder: Path) -> Path:
 def remove(folder: Path) -> None:
     """Remove a checkpoint; a removal that is cut short leaves nothing that is listed."""
     hidden = folder.with_name(f".{folder.name}{artefacts.PARTIAL}")
+    if hidden.exists():
+        shutil.rmtree(hidden)
     folder.rename(hidden)
     shutil.rmtree(hidden)
 
@@ -254,8 +274,8 @@ def prune(run: Path, keep: int, keep_best: int = 0) -> list[Path]:
     gone = [folder for folder in whole_steps(run) if folder not in kept]
     for folder in gone:
         remove(folder)
-    for left in run.glob(f"*{artefacts.PARTIAL}"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    for left in run.glob(f"*step-*{artefacts.PARTIAL}"):  # other files may be in the making, by other threads
+        shutil.rmtree(left)
     return gone
 
 

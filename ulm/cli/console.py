@@ -5,17 +5,26 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
 from ulm.errors import ConfigError, UlmError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 INTERRUPTED = "[yellow]interrupted[/]; nothing half-written is listed, the same command goes on from what is done"
+REFRESHES_PER_S = 2  # drawing takes time from the workers on a small machine
+DRAW_EVERY_S = 0.5
+LINE_EVERY_S, QUIET_S = 2.0, 30.0  # without a terminal: between two lines of one work at least, and at most
+WIDE = 110  # columns of a terminal that has room for everything
+QUIET_EVENTS = ("start", "resume", "end", "corpus")
 err = Console(stderr=True, highlight=False)
 
 
@@ -80,25 +89,70 @@ def _say(error: UlmError, code: int) -> int:
 
 
 class Bars:
-    """Progress bars by name, made when first told of. Without a terminal each bar is a line at its end."""
+    """Progress bars by name, made when first told of; without a terminal a line now and then instead."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._tasks: dict[str, Any] = {}
+        self._bars: dict[str, _Bar] = {}
+        self._bits_per_byte: dict[str, float] = {}  # newest of each run; most steps have none
 
     def update(self, name: str, done: int, total: int | None, note: str = "") -> None:
         """Move a bar."""
-        if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(name, total=total, note="", count="")
-        count = f"{_short(done)}/{'?' if total is None else _short(total)}"
-        self._progress.update(self._tasks[name], completed=done, total=total, note=note, count=count)
+        bar, now_s = self._bars.get(name), time.monotonic()
+        shown: dict[str, Any] = {"note": note, "count": f"{_short(done)}/{'?' if total is None else _short(total)}"}
+        if bar is None:
+            # From where it stands: a run that is resumed has not made its first steps in no time.
+            task = self._progress.add_task(name, total=total, completed=done, **shown)
+            bar = self._bars[name] = _Bar(task, begun_s=now_s, first=done, said_s=now_s)
+        elif now_s - bar.drawn_s < DRAW_EVERY_S and done != total:
+            return
+        bar.drawn_s = now_s
+        self._progress.update(bar.task, completed=done, total=total, **shown)
+        if self._progress.disable and bar.is_due(done, total, now_s):
+            left = bar.left_s(done, total, now_s)
+            ending = "" if left is None else f"  {_duration(left)} left"
+            err.print(Text(f"{printable(name)}  {shown['count']}  {note}".rstrip() + ending), soft_wrap=True)
+            bar.said, bar.said_s = done, now_s
 
     def step(self, run: str, step: int, num_steps: int, figures: dict[str, Any]) -> None:
-        """Move a training run's bar, with its loss and speed."""
-        note = ""
+        """Move a training run's bar, with its loss, bits per byte, speed and share of the device's peak."""
+        if (bits := figures.get("bits_per_byte")) is not None:
+            self._bits_per_byte[run] = bits
+        parts = []
         if figures.get("loss") is not None:
-            note = f"loss {figures['loss']:.3f}  {figures.get('tokens_per_second', 0):,.0f} tokens/s"
-        self.update(run, step, num_steps, note)
+            parts.append(f"loss {figures['loss']:.3f}")
+            parts += [f"{self._bits_per_byte[run]:.3f} bpb"] if run in self._bits_per_byte else []
+            parts.append(f"{_rate(figures.get('tokens_per_second', 0))} tok/s")
+            parts += [f"{100 * figures['mfu']:.0f}% MFU"] if figures.get("mfu") is not None else []
+        self.update(run, step, num_steps, " ".join(parts))
+
+    def event(self, run: str, step: int, kind: str, text: str) -> None:
+        """Say above the bars what has happened to a training run."""
+        style = "dim" if kind in QUIET_EVENTS else "yellow"
+        said = Text(f"{printable(run)}  step {step:,}  ", "dim").append(f"{printable(kind)}: {printable(text)}", style)
+        err.print(said, soft_wrap=not err.is_terminal)
+
+
+@dataclass
+class _Bar:
+    task: TaskID
+    begun_s: float
+    first: int  # where it stood when it was begun
+    said_s: float  # when a line was last printed
+    said: int = -1  # and where it stood then
+    drawn_s: float = 0.0
+
+    def is_due(self, done: int, total: int | None, now_s: float) -> bool:
+        """Whether to print a line: at the end, after each tenth of a longer work, and every half minute."""
+        since_s = now_s - self.said_s
+        is_tenth = total is not None and done - self.said >= total / 10 and since_s > LINE_EVERY_S
+        return done != self.said and (done == total or is_tenth or since_s > QUIET_S)
+
+    def left_s(self, done: int, total: int | None, now_s: float) -> float | None:
+        """Time left at the rate so far; None at the ends, and where it is not known."""
+        if total is None or not self.first < done < total:
+            return None
+        return (total - done) * (now_s - self.begun_s) / (done - self.first)
 
 
 def _short(number: int) -> str:
@@ -106,16 +160,33 @@ def _short(number: int) -> str:
     return f"{number:,}" if number < 1_000_000 else f"{number / 1e6:,.1f} M"
 
 
+def _rate(number: float) -> str:
+    return f"{number:,.0f}" if number < 10_000 else f"{number / 1e3:.0f}k" if number < 1e7 else f"{number / 1e6:.1f}M"
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 3_600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
 @contextmanager
 def bars() -> Iterator[Bars]:
     """Progress bars on stderr for the time of the block."""
+    is_wide = err.width >= WIDE
     columns = (
-        TextColumn("{task.description:<16}"),
-        BarColumn(bar_width=30),
-        TextColumn("{task.fields[count]:>15}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.description:<16}" if is_wide else "{task.description}"),
+        BarColumn(bar_width=24 if is_wide else 8),
+        TextColumn("{task.fields[count]:>15}" if is_wide else "{task.fields[count]}"),
+        *((TimeElapsedColumn(),) if is_wide else ()),
+        TimeRemainingColumn(table_column=Column(min_width=7)),  # where it is narrow, the note is cut
         TextColumn("{task.fields[note]}", style="dim"),
     )
-    with Progress(*columns, console=err, redirect_stdout=False, redirect_stderr=False) as progress:
+    with Progress(
+        *columns,
+        console=err,
+        refresh_per_second=REFRESHES_PER_S,
+        redirect_stdout=False,
+        redirect_stderr=False,
+        disable=not err.is_terminal,
+    ) as progress:
         yield Bars(progress)

@@ -1,17 +1,14 @@
-"""`ulm submit` and `ulm runs …`."""
+"""`ulm submit`."""
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ulm import runtime
 from ulm.cli import console
 from ulm.cli.options import Overrides, Recipe
 from ulm.errors import ClusterError, ConfigError, did_you_mean
@@ -25,13 +22,11 @@ MODULES = {
     "swarm train": "pipelines.swarm_job",
 }
 AGENT_TIMEOUT_S = 60.0
-runs = typer.Typer(help="Look at training runs.", no_args_is_help=True)
 
 
 def add_to(app: typer.Typer) -> None:
     """Hang this file's verbs on the command line."""
     app.command("submit")(submit)
-    app.add_typer(runs, name="runs")
 
 
 def submit(
@@ -94,38 +89,3 @@ def _follow(client: Any, job: str) -> None:
                 raise ClusterError(f"the job {job} ended as {status.value}: {client.get_job_info(job).message}")
             return
         time.sleep(0.5)
-
-
-@runs.command("list")
-def list_() -> None:
-    """All training runs under this root, with their last step."""
-    found = [_summary(path.parent) for path in sorted((runtime.root() / "runs").glob("*/task.json"))]
-    for run in found:
-        loss = f"{run['loss']:.4f}" if run["loss"] is not None else "-"
-        console.err.print(f"{run['run']:<28} step {run['step']:>8}  loss {loss}")
-    console.finish({"runs": found})
-
-
-@runs.command("show")
-def show(run: Annotated[str, typer.Argument(help="A run's name.", show_default=False)]) -> None:
-    """A run's recipe, checkpoints and last figures."""
-    folder = runtime.root() / "runs" / run
-    if not folder.is_dir():
-        known = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise ConfigError("run", f"no run {run!r}", did_you_mean(run, known) if known else "there are none yet")
-    checkpoints = sorted(p.name for p in folder.glob("step-*") if (p / "manifest.json").is_file())
-    recipe = folder / "recipe.yaml"
-    text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
-    console.finish({**_summary(folder), "checkpoints": checkpoints, "recipe": text})
-
-
-def _summary(folder: Path) -> dict[str, Any]:
-    last: dict[str, Any] = {}
-    metrics = folder / "metrics.jsonl"
-    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []:
-        try:
-            last.update(json.loads(line))
-        except ValueError:
-            break  # a line being written
-    figures = ("step", "loss", "bits_per_byte", "tokens_per_second")
-    return {"run": folder.name, **{name: last.get(name) for name in figures}}

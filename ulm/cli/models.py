@@ -65,7 +65,9 @@ def generate(
 
 
 def show(
-    spec: Annotated[str, typer.Argument(help="A size (nano … base), a preset/size, a YAML file, or a checkpoint.")],
+    spec: Annotated[
+        str, typer.Argument(help="A size (nano … base, 25M), a preset/size, a YAML file, or a checkpoint.")
+    ],
 ) -> None:
     """A model's spec and what it costs: parameters, FLOPs per token, bytes.
 
@@ -73,20 +75,23 @@ def show(
     """
     import torch
 
+    from ulm import dial
     from ulm.checkpoints import store
     from ulm.models.account import num_parameters, train_flops_per_token
     from ulm.models.decoder import build
     from ulm.spec import ModelSpec, preset_sizes
 
     preset, _, size = spec.partition("/")
+    home, given = runtime.root(), None
+    is_taken = any((place / spec).exists() for place in (Path.cwd(), home, home / "runs", home / "models"))
     if spec.endswith((".yaml", ".yml")):
         chosen = ModelSpec.from_yaml(spec)
-    elif size and preset in preset_sizes() and not Path(spec).exists():
-        chosen = ModelSpec.parse({"preset": preset, "size": size})
-    elif any(spec in p["sizes"] for p in preset_sizes().values()):
-        chosen = ModelSpec.preset(spec)
+    elif any(spec in p["sizes"] for p in preset_sizes().values()) or (not is_taken and dial.parsed(spec)):
+        chosen = ModelSpec.parse(given := {"size": spec})
+    elif size and preset in preset_sizes() and not is_taken:
+        chosen = ModelSpec.parse(given := {"preset": preset, "size": size})
     else:
-        chosen = store.read_spec(store.resolve(spec, root=runtime.root(), near=Path.cwd(), place="spec"))
+        chosen = store.read_spec(store.resolve(spec, root=home, near=Path.cwd(), place="spec"))
     with torch.device("meta"):
         model = build(chosen)
     parameters = num_parameters(model)
@@ -95,10 +100,17 @@ def show(
     cache_bytes = 2 * chosen.num_layers * heads * chosen.head_dim * 2
     console.err.print(f"{parameters / 1e6:.2f}M parameters, {parameters * 2 / 1e6:.1f} MB in bfloat16")
     console.err.print(f"{flops / 1e6:.1f} MFLOP to train a token, {cache_bytes:,} bytes of KV cache a token (bfloat16)")
+    training = {**dial.training_defaults(parameters), **ModelSpec.training_defaults(given)} if given else None
+    if training:
+        batch, rate = training["batch_tokens"], training["lr"]
+        console.err.print(
+            f"trained in batches of {batch:,} tokens at a peak rate of {rate:.2g}, unless a recipe says more"
+        )
     console.finish(
         {
             "spec": chosen.model_dump(),
             "parameters": parameters,
+            "training": training,
             "train_flops_per_token": flops,
             "kv_cache_bytes_per_token": cache_bytes,
         }

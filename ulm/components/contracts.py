@@ -25,7 +25,14 @@ class ModelDims:
 
 
 class Position(Protocol):
-    """How a position enters attention. A kind fills what it needs; the rest is the identity."""
+    """How a position enters a model. A kind fills what it needs; the rest is the identity."""
+
+    def embed(self, x_BTD: Tensor, positions_BT: Tensor) -> Tensor:
+        """Token embeddings with their positions, once, before the first layer. positions_BT may have B = 1.
+
+        Padding stands at the context's end, one position past the last.
+        """
+        ...
 
     def rotate(self, x_BTHE: Tensor, positions_BT: Tensor) -> Tensor:
         """Queries or keys, turned by their positions. positions_BT may have B = 1."""

@@ -1,4 +1,4 @@
-"""From a token back to its file, and from a document on to the models that were trained with it."""
+"""From a token back to its file, from a corpus to those it extends, from a document on to the models that saw it."""
 
 from __future__ import annotations
 
@@ -70,6 +70,26 @@ def find_document(corpus: Corpus, text: str) -> int:
 
 def _rows(mask: Any) -> Any:
     return np.flatnonzero(mask.to_numpy(zero_copy_only=False))
+
+
+def versions(corpus: Corpus) -> dict[str, int]:
+    """The corpus and those that it extends, newest first: digest to number of documents, which are its first ones.
+
+    They are looked for beside it; the first that is not there any more is the last that is known.
+    """
+    found = {corpus.digest: corpus.documents.num_rows}
+    while base := corpus.manifest.get("base"):
+        try:
+            digest, num_documents = base["digest"], int(base["documents"])
+        except (KeyError, TypeError, ValueError):
+            digest, num_documents = None, 0
+        if digest != corpus.manifest["content"].get("base") or not 0 <= num_documents <= found[corpus.digest]:
+            raise ArtefactError(f"{corpus.folder / 'manifest.json'}: base: not what its content says; copy it again")
+        found[digest] = num_documents
+        if not (folder := corpus.folder.parent / digest).is_dir():
+            break
+        corpus = Corpus.read(folder, verify=False)
+    return found
 
 
 @dataclass(frozen=True)
@@ -192,12 +212,43 @@ def _trained_on(
             )
             return None
         how, documents = found
-        if not np.isin(rows, documents).any():
+        rows = np.intersect1d(rows, documents).tolist()
+        if not rows:
             return None
         chosen = np.intersect1d(chosen, documents)
     sizes = corpus.documents["num_tokens"].to_numpy()[chosen] + 1  # and <|endoftext|>
-    tokens = trained.manifest.step * trained.task["train"]["batch_tokens"]
-    return {"how": how, "corpus": digest, "passes": round(tokens / max(1, int(sizes.sum())), 3)}
+    # A folder that does not say how the run's corpus grew has one leg, of the checkpoint's corpus.
+    legs = trained.task.get("legs") or [{"cursor": 0, "documents": corpus.documents.num_rows}]
+    epochs = [int(sizes[chosen < leg["documents"]].sum()) for leg in legs]
+    passes = _passes(trained.task, trained.manifest.step, legs, epochs, min(rows))
+    return None if passes is None else {"how": how, "corpus": digest, "passes": round(passes, 3)}
+
+
+def _passes(task: dict[str, Any], step: int, legs: list[dict[str, Any]], epochs: list[int], row: int) -> float | None:
+    """How often a run has gone over this document after so many steps; None if it was to join only later.
+
+    Counted in tokens, `epochs` of each leg, as if every source had weight 1. Where a corpus grew, what was left of the
+    epoch and the new documents are gone over before the next epoch begins (ulm/corpus/order.py).
+    """
+    total = step * task["train"]["batch_tokens"]
+    row_tokens = task["model"]["context_tokens"] if len(legs) > 1 else 0
+    begins = [(leg["cursor"] - legs[0]["cursor"]) * row_tokens for leg in legs]
+    joined = sum(leg["documents"] <= row for leg in legs)
+    if joined == len(legs) or (joined and begins[joined] >= total):
+        return None
+    passes, share, left = 0, 0.0, 0  # whole epochs; the part of one that is taken, and the tokens that are not
+    for number, (begin, end) in enumerate(zip(begins, [*begins[1:], total], strict=True)):
+        size = max(1, epochs[number])
+        left += size - (max(1, epochs[number - 1]) if number else 0)
+        if number == joined:
+            passes, share = 0, 0.0
+        taken = max(0, min(end, total) - begin)
+        if taken < left:
+            share, left = share + (1 - share) * taken / left, left - taken
+        else:
+            more, beyond = divmod(taken - left, size)
+            passes, share, left = passes + 1 + more, beyond / size, size - beyond
+    return passes + share
 
 
 def _cluster(corpus: Corpus, digest: str) -> tuple[str, Any] | None:

@@ -9,6 +9,7 @@ every token is a target exactly once.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -32,6 +33,14 @@ class Batch:
     segments_BT: Ints
 
 
+@dataclass(frozen=True)
+class Version:
+    """A corpus, by its digest; its documents are the first `num_documents` of each corpus that extends it."""
+
+    digest: str
+    num_documents: int
+
+
 class RowPlan:
     """All rows of one split. Sources of different weight never share a row."""
 
@@ -42,36 +51,55 @@ class RowPlan:
         context_tokens: int,
         pieces: Pieces,
         row_of_piece: Ints,
-        classes: list[RowClass],
+        parts: list[tuple[RowClass, ...]],  # the classes of each version
     ) -> None:
-        self.context_tokens, self.classes = context_tokens, classes
+        self.context_tokens, self.parts = context_tokens, parts
+        self.classes = [rows for part in parts for rows in part]
         self._tokens, self._eot = corpus.tokens(split), corpus.tokenizer.eot_id
         self._pieces = pieces.take(np.argsort(row_of_piece, kind="stable"))
-        counts = np.bincount(row_of_piece, minlength=sum(c.num_rows for c in classes))
+        counts = np.bincount(row_of_piece, minlength=sum(c.num_rows for c in self.classes))
         self._first_piece = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._targets_before = np.concatenate([[0], np.cumsum(self._pieces.sizes)])[self._first_piece]
 
     @classmethod
     def make(
-        cls, corpus: Corpus, split: str, *, context_tokens: int, seed: int = 0, documents: Ints | None = None
+        cls,
+        corpus: Corpus,
+        split: str,
+        *,
+        context_tokens: int,
+        seed: int = 0,
+        documents: Ints | None = None,
+        versions: Sequence[Version] = (),
     ) -> Self:
-        """The plan of a split's documents, or of those among `documents` (rows of documents.parquet)."""
+        """The plan of a split's documents, or of those among `documents` (rows of documents.parquet).
+
+        With `versions` (the corpora that this one extends, oldest first, and itself) the documents that each added
+        have a plan of their own, one after another: the first rows are those of the oldest version's own plan.
+        """
         table = corpus.documents
+        versions = versions or [Version(corpus.digest, table.num_rows)]
         chosen = _in_split(corpus, split, documents)
         numbers = table["num_tokens"].to_numpy()[chosen].astype(np.int64)
         firsts = table["first_token"].to_numpy()[chosen].astype(np.int64)
         pieces = Pieces.cut(chosen, firsts, numbers, context_tokens)
         weights = np.asarray([corpus.weights[s] for s in table["source"].take(chosen).to_pylist()], float)
         weight_of_piece = weights[np.searchsorted(chosen, pieces.documents)]
-        key = _key(corpus.digest, split, context_tokens, seed, chosen)
-        row_of_piece, classes, num_rows = np.empty(len(pieces.sizes), np.int64), [], 0
-        for weight in sorted(set(weights.tolist())):
-            mine = np.flatnonzero(weight_of_piece == weight)
-            rows, count = _pack(pieces.take(mine), context_tokens, key)
-            row_of_piece[mine] = rows + num_rows
-            classes.append(RowClass(num_rows, count, weight))
-            num_rows += count
-        return cls(corpus, split, context_tokens, pieces, row_of_piece, classes)
+        row_of_piece, num_rows, parts, before = np.empty(len(pieces.sizes), np.int64), 0, [], 0
+        for version in versions:
+            inside = slice(*np.searchsorted(chosen, [before, version.num_documents]))
+            key = _key(version.digest, split, context_tokens, seed, chosen[inside])
+            is_new = (before <= pieces.documents) & (pieces.documents < version.num_documents)
+            classes = []
+            for weight in sorted(set(weights[inside].tolist())):
+                mine = np.flatnonzero(is_new & (weight_of_piece == weight))
+                rows, count = _pack(pieces.take(mine), context_tokens, key)
+                row_of_piece[mine] = rows + num_rows
+                classes.append(RowClass(num_rows, count, weight))
+                num_rows += count
+            parts.append(tuple(classes))
+            before = version.num_documents
+        return cls(corpus, split, context_tokens, pieces, row_of_piece, parts)
 
     @property
     def num_rows(self) -> int:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ulm import registry
 from ulm.components.cache import Cache, LayerCache
 from ulm.components.contracts import Mask, ModelDims
+from ulm.models.account import num_parameters
 from ulm.registry import KindConfig, register
 from ulm.spec import ModelSpec
 
@@ -45,8 +46,8 @@ class Decoder(nn.Module):
         self.checkpoint_activations = False  # for training: keep only what stands between blocks (arXiv 1604.06174)
         self.dims = ModelDims(spec.d_model, spec.num_layers, spec.vocab_size, spec.context_tokens, spec.head_dim)
         self.embedding = registry.find("embedding", spec.embedding.kind)(spec.embedding, self.dims)
-        position = registry.find("position", spec.position.kind)(spec.position, self.dims)  # shared by all layers
-        self.blocks = nn.ModuleList(Block(spec, self.dims, position, layer) for layer in range(spec.num_layers))
+        self.position = registry.find("position", spec.position.kind)(spec.position, self.dims)  # shared by all layers
+        self.blocks = nn.ModuleList(Block(spec, self.dims, self.position, layer) for layer in range(spec.num_layers))
         self.norm = registry.find("norm", spec.norm.kind)(spec.norm, self.dims)
         tied = self.embedding.weight if getattr(spec.embedding, "tied", False) else None
         self.head = registry.find("head", spec.head.kind)(spec.head, self.dims, tied)
@@ -56,10 +57,15 @@ class Decoder(nn.Module):
         """Width of the logits."""
         return self.dims.vocab_size
 
+    @property
+    def num_parameters(self) -> int:
+        """All parameters at the true vocabulary: what a size such as 25M is fitted by."""
+        return num_parameters(self)
+
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """The last layer's normed state, before the head, as x_BTD."""
         positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
-        x_BTD = self.embedding(tokens_BT)
+        x_BTD = self.position.embed(self.embedding(tokens_BT), positions_BT)
         for block in self.blocks:
             if self.checkpoint_activations:
                 x_BTD = checkpoint(block, x_BTD, positions_BT, Mask(), use_reentrant=False)
@@ -87,7 +93,7 @@ class Decoder(nn.Module):
         if num_new_B is None:
             num_new_B = torch.full((len(tokens_BT),), tokens_BT.shape[1])
         positions_BT, mask, num_known = cache.place(num_new_B, tokens_BT.shape[1])
-        x_BTD = self.embedding(tokens_BT)
+        x_BTD = self.position.embed(self.embedding(tokens_BT), positions_BT)
         for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
             x_BTD = block(x_BTD, positions_BT, mask, layer_cache, num_known)
         cache.lengths_B += num_new_B

@@ -114,7 +114,7 @@ class TrainingRecipe(Recipe):
     """What training one model and training a swarm have in common."""
 
     corpus: str  # name, digest or path
-    model: str | dict[str, Any] = "nano"
+    model: str | dict[str, Any] = "nano"  # a size (nano, 25M), {preset, size, …}, or all fields of a spec
     train: Train
     optimizer: dict[str, Any] = {"kind": "adamw"}
     resources: Resources = Resources()
@@ -130,7 +130,7 @@ class TrainingRecipe(Recipe):
     def _model_parses(cls, given: str | dict[str, Any]) -> str | dict[str, Any]:
         from ulm.spec import ModelSpec  # needs the component files, and so torch
 
-        ModelSpec.parse(given)
+        ModelSpec.parse(given, vocab_size=2)  # the corpus says how large it is; a size that fits any fits the smallest
         return given
 
 

@@ -33,13 +33,13 @@ def decoder(tokens_BT: NDArray[Any], weights: Weights, spec: Mapping[str, Any]) 
     def part(slot: str, prefix: str) -> Callable[..., NDArray[Any]]:
         return partial(reference(slot, spec[slot]["kind"]), weights=within(weights, prefix), config=spec[slot])
 
-    rotate = partial(reference("position", spec["position"]["kind"]), config=spec["position"])
-    x_BTD = part("embedding", "embedding")(tokens_BT)
+    position = reference("position", spec["position"]["kind"])(within(weights, "position"), spec["position"])
+    x_BTD = position.embed(part("embedding", "embedding")(tokens_BT), positions_BT)
     for layer in range(spec["num_layers"]):
         block = f"blocks.{layer}"
         normed_BTD = part("norm", f"{block}.attention_norm")(x_BTD)
         x_BTD = x_BTD + part("attention", f"{block}.attention")(
-            normed_BTD, positions_BT=positions_BT, allowed_BTS=allowed_BTS, rotate=rotate
+            normed_BTD, positions_BT=positions_BT, allowed_BTS=allowed_BTS, rotate=position.rotate
         )
         normed_BTD = part("norm", f"{block}.feedforward_norm")(x_BTD)
         x_BTD = x_BTD + part("feedforward", f"{block}.feedforward")(normed_BTD)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+TABLES = ("embedding.", "position.", "head.")  # matrices that look up or classify: Muon leaves them to AdamW
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -40,3 +41,37 @@ def adamw(
         moved[name] = theta - lr * (unbiased_first / (np.sqrt(unbiased_second) + config["eps"]) + decay * theta)
         moments[name] = (first, second)
     return moved, State(t, moments)
+
+
+def muon(
+    parameters: Arrays, gradients: Arrays, state: State, config: Mapping[str, Any], lr: float
+) -> tuple[dict[str, NDArray[Any]], State]:
+    """One step of https://kellerjordan.github.io/posts/muon/ for the matrices of layers, of `adamw` for the rest.
+
+    `lr` is the matrices' rate now; AdamW's own rate, where it has one, falls with it.
+    """
+    hidden = [name for name, theta in parameters.items() if theta.ndim == 2 and not name.startswith(TABLES)]
+    adamw_lr = lr if config["adamw_lr"] is None else lr * config["adamw_lr"] / config["lr"]
+    others = {name: theta for name, theta in parameters.items() if name not in hidden}
+    moved, after = adamw(others, gradients, state, config, adamw_lr)
+    moments, mu = dict(after.moments), config["momentum"]
+    for name in hidden:
+        theta, zero = parameters[name], np.zeros_like(parameters[name])
+        momentum = mu * state.moments.get(name, (zero, zero))[0] + (1 - mu) * gradients[name]
+        direction = newton_schulz(mu * momentum + (1 - mu) * gradients[name], config["num_iterations"])
+        rows, columns = theta.shape
+        original = max(1.0, rows / columns) ** 0.5
+        factor = original if config["scale"] == "original" else 0.2 * max(rows, columns) ** 0.5  # arXiv 2502.16982
+        moved[name] = theta - lr * (factor * direction + config["weight_decay"] * theta)
+        moments[name] = (momentum, zero)
+    return {name: moved[name] for name in parameters}, State(after.num_steps, moments)
+
+
+def newton_schulz(x: NDArray[Any], num_iterations: int) -> NDArray[Any]:
+    """x / |x| after so many times a x + b x x^T x + c (x x^T)^2 x, from its singular values, which alone change."""
+    left, values, right = np.linalg.svd(x, full_matrices=False)
+    values = values / max(float(np.sqrt((values**2).sum())), 1e-7)
+    for _ in range(num_iterations):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    product: NDArray[Any] = (left * values) @ right
+    return product

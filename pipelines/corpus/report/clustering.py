@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipelines.corpus.report.html import MAX_LABEL, Html, counted, fill, stack, table, text
+from pipelines.report.html import MAX_LABEL, Html, counted, fill, stack, table, text
 
 NUM_COLOURS = 10  # --c0 … of the style
 

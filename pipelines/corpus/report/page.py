@@ -7,24 +7,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.corpus.report.clustering import clustering
-from pipelines.corpus.report.html import (
+from pipelines.corpus.report.plots import cluster_size_plot, length_plot
+from pipelines.report.html import (
     MAX_LABEL,
-    STYLE,
     Html,
     bar,
     count,
     counted,
     details,
+    document,
     fill,
-    more,
     plural,
     ratio,
+    section,
     size,
     stack,
     table,
     text,
+    tiles,
 )
-from pipelines.corpus.report.plots import cluster_size_plot, length_plot
 
 MAX_ROWS = 50  # of a table of reasons, domains, sources or licences
 MAX_SAMPLES = 8  # texts shown of one reason
@@ -35,31 +36,26 @@ def page(figures: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     """The whole page; `manifest` gives what is no figure: texts, paths, settings."""
     body = [
         _head(figures, manifest),
-        _section("Lengths", *_lengths(figures)),
-        _section("Stages", *_stages(figures)),
-        _section("Dropped", *_dropped(figures, manifest)),
-        _section("Near duplicates", *_near_duplicates(figures)),
-        _section("Domains", *_shares(figures)),
-        _section("Clusters", *(clustering(c, figures) for c in figures["clusterings"])),
-        _section("How it was made", *_made(figures, manifest)),
+        section("Lengths", *_lengths(figures)),
+        section("Stages", *_stages(figures)),
+        section("Dropped", *_dropped(figures, manifest)),
+        section("Near duplicates", *_near_duplicates(figures)),
+        section("Domains", *_shares(figures)),
+        section("Clusters", *(clustering(c, figures) for c in figures["clusterings"])),
+        section("How it was made", *_made(figures, manifest)),
     ]
-    title = text(figures["name"], MAX_LABEL)
-    meta = "<meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
-    return (
-        f"<!doctype html>\n<html lang=en><head>{meta}<title>{title}</title><style>{STYLE}</style></head>\n"
-        f"<body>{''.join(body)}</body></html>\n"
-    )
+    return document(figures["name"], "".join(body))
 
 
-def _section(title: str, *parts: str) -> str:
-    """A heading and what is below it; nothing where nothing is."""
-    return f"<h2>{title}</h2>\n{''.join(parts)}\n" if any(parts) else ""
+def _more(found: int, shown: int) -> str:
+    """That a table leaves rows out, if it does."""
+    return f"<p>and {found - shown:,} more, in report.json and the manifest</p>" if found > shown else ""
 
 
 def _head(figures: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     documents, total, tokenizer = figures["documents"], figures["total"], figures["tokenizer"]
     kept = 100 * documents["kept"] / max(1, documents["in"])
-    tiles = [
+    shown = [
         (f"{documents['kept']:,}", f"{plural(documents['kept'], 'document')}, {kept:.1f} % of {documents['in']:,}"),
         (count(total["tokens"]), "tokens"),
         (size(total["bytes"]), "of text"),
@@ -67,18 +63,19 @@ def _head(figures: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
         (f"{tokenizer['vocab_size']:,}", f"{text(tokenizer['kind'])} vocabulary"),
     ]
     if padding := figures["padding"]:
-        tiles.append((f"{100 * padding['share']:.1f} %", f"padding in rows of {padding['context_tokens']:,} tokens"))
+        shown.append(
+            (f"{100 * padding['share']:.1f} %", f"padding in rows of {padding['context_tokens']:,} tokens")
+        )
     splits = table(
         ("split", "documents", "tokens", "share of tokens", "text", "bytes per token"),
         [[s["split"], s["documents"], s["tokens"], bar(s["share"]), size(s["bytes"]), s["bytes_per_token"]]
          for s in figures["splits"]],
     )  # fmt: skip
     made = f"{text(figures['created'])} by µLM {text(manifest['code_version'])}"
-    shown = "".join(f"<div><b>{figure}</b><span>{what}</span></div>" for figure, what in tiles)
     name = text(figures["name"], MAX_LABEL)
     return (
         f"<h1><bdi>{name}</bdi></h1><p>Corpus <code>{text(figures['digest'])}</code><br>{made}</p>"
-        f"<div class=tiles>{shown}</div><h3>Splits</h3>{splits}"
+        f"{tiles(shown)}<h3>Splits</h3>{splits}"
     )
 
 
@@ -133,7 +130,7 @@ def _dropped(figures: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[st
         of = max(1, _num_new(figures))
         rows = [[reason, n, f"{100 * n / of:.2f} %", bar(n / of, "--bad")] for reason, n in dropped.items()]
         head = ("reason", "documents", "of those added" if figures["base"] else "of all", "")
-        parts += [table(head, rows[:MAX_ROWS]), more(len(rows), MAX_ROWS)]
+        parts += [table(head, rows[:MAX_ROWS]), _more(len(rows), MAX_ROWS)]
     parts += [
         _samples(reason, samples[reason]) for reason in dict.fromkeys([*dropped, *samples]) if samples.get(reason)
     ]
@@ -204,7 +201,7 @@ def _shares(figures: Mapping[str, Any]) -> list[str]:
             for row in found[:MAX_ROWS]
         ]  # fmt: skip
         head = (kind, *columns, "tokens", "of tokens", "", "text", "bytes per token")
-        parts += [f"<h3>{title}</h3>" if title else "", note, table(head, rows), more(len(found), MAX_ROWS)]
+        parts += [f"<h3>{title}</h3>" if title else "", note, table(head, rows), _more(len(found), MAX_ROWS)]
     return parts
 
 
@@ -222,7 +219,7 @@ def _made(figures: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
     origins = [[s["name"], s["origin"], s["licence"], s["weight"]] for s in manifest["sources"]]
     return [
         table(("source", "from", "licence", "weight"), origins[:MAX_ROWS]),
-        more(len(origins), MAX_ROWS),
+        _more(len(origins), MAX_ROWS),
         details("Time", table(("part", "wall clock"), seconds)) if seconds else "",
-        details("Settings", f"<pre>{text(as_json, 20_000)}</pre>"),
+        details("Settings", f"<pre class=whole>{text(as_json, 20_000)}</pre>"),
     ]

@@ -30,6 +30,10 @@ class RotaryPosition(nn.Module):
         self.register_buffer("cos_SE", torch.cat([angles.cos(), angles.cos()], dim=-1).float(), persistent=False)
         self.register_buffer("sin_SE", torch.cat([-angles.sin(), angles.sin()], dim=-1).float(), persistent=False)
 
+    def embed(self, x_BTD: Tensor, positions_BT: Tensor) -> Tensor:
+        """x as it is."""
+        return x_BTD
+
     def rotate(self, x_BTHE: Tensor, positions_BT: Tensor) -> Tensor:
         """x turned by its positions, in x's dtype."""
         cos = self.cos_SE[positions_BT][:, :, None].to(x_BTHE.dtype)

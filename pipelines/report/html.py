@@ -32,7 +32,7 @@ code{overflow-wrap:anywhere}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.75rem;margin:1.75rem 0 0}
 .tiles div,figure,.sheet{background:var(--card);border:1px solid var(--line);border-radius:10px}
 .tiles div{padding:.8rem 1rem}
-.tiles b{display:block;font-size:1.45rem;font-weight:600;letter-spacing:-.01em}
+.tiles b{display:block;white-space:nowrap;font-size:1.45rem;font-weight:600;letter-spacing:-.01em}
 .tiles span{color:var(--soft);font-size:.82rem}
 .plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,22rem),1fr));gap:.75rem}
 figure{margin:0;padding:.9rem .9rem .4rem}figure svg{display:block;width:100%;height:auto}
@@ -42,7 +42,7 @@ th{color:var(--soft);font-weight:500;font-size:.8rem;text-align:left;white-space
 td,th{padding:.38rem .6rem;border-bottom:1px solid var(--line);vertical-align:top}
 tr:last-child td{border-bottom:0}
 .n{text-align:right;white-space:nowrap}
-td:first-child{overflow-wrap:anywhere;min-width:9.5rem}
+td:first-child:not(.n){overflow-wrap:anywhere;min-width:9.5rem}
 td:last-child:not(.n){min-width:9rem}
 .bar{display:flex;min-width:clamp(4.5rem,14vw,11rem);height:.62rem;margin-top:.4rem;border-radius:3px;overflow:hidden;background:var(--line)}
 .words{max-width:30rem;min-width:14rem}
@@ -55,7 +55,41 @@ overflow-wrap:anywhere;overflow:hidden;max-height:16rem;unicode-bidi:isolate}
 .u{color:var(--bad);font-size:.85em}
 .key{display:flex;flex-wrap:wrap;gap:.2rem 1rem;font-size:.82rem;color:var(--soft);margin:.6rem 0}
 .key i{display:inline-block;width:.7rem;height:.7rem;border-radius:2px;margin-right:.35rem}
+.wide{grid-column:1/-1}.wide .plot{height:19rem}
+pre.whole{max-height:none}
+figcaption{font-size:.88rem;font-weight:600}
+figcaption .soft{font-weight:400;margin-left:.6rem}
+.plot{position:relative;height:11rem;margin:1.1rem .6rem 1.9rem 3rem;font-size:.76rem;line-height:1;color:var(--soft)}
+.plot svg{position:absolute;inset:0;height:100%;fill:none;stroke-linejoin:round;stroke-linecap:round}
+.plot svg *{vector-effect:non-scaling-stroke}
+.plot span{position:absolute;white-space:nowrap}
+.plot .y{right:100%;margin-right:.5rem;transform:translateY(50%)}
+.plot .x{top:100%;margin-top:.5rem;transform:translateX(-50%)}
+.plot .m{bottom:100%;margin-bottom:.2rem;transform:translateX(-50%)}
+.written{background:var(--card);border:1px solid var(--line)}
+details .written{background:var(--paper);border:0}.written b{color:var(--soft);font-weight:400}
 """
+
+
+def document(title: str, body: str) -> str:
+    """A whole page of its own: nothing in it is fetched from elsewhere."""
+    meta = "<meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
+    return (
+        f"<!doctype html>\n<html lang=en><head>{meta}<title>{text(title, MAX_LABEL)}</title>"
+        f"<style>{STYLE}</style></head>\n<body>{body}</body></html>\n"
+    )
+
+
+def section(title: str, *parts: str) -> str:
+    """A heading and what is below it; nothing where nothing is."""
+    return f"<h2>{title}</h2>\n{''.join(parts)}\n" if any(parts) else ""
+
+
+def tiles(shown: Iterable[tuple[str, str]]) -> str:
+    """Figures in a row, each over what it is of; both are HTML already."""
+    return (
+        f"<div class=tiles>{''.join(f'<div><b>{figure}</b><span>{what}</span></div>' for figure, what in shown)}</div>"
+    )
 
 
 def text(value: object, max_chars: int = MAX_TEXT) -> str:
@@ -66,6 +100,11 @@ def text(value: object, max_chars: int = MAX_TEXT) -> str:
     named = escape(shown).replace("\0", "<span class=u>U+").replace("\1", "</span>")
     left_out = len(given) - len(cut)
     return f"{named}<span class=soft>… {counted(left_out, 'more character')}</span>" if left_out else named
+
+
+def plain(value: object, max_chars: int = MAX_LABEL) -> str:
+    """The same without tags of its own, for an attribute or a title."""
+    return escape(_INVISIBLE.sub(lambda found: f"U+{ord(found[0]):04X}", str(value)[:max_chars]))
 
 
 def size(num_bytes: float) -> str:
@@ -132,11 +171,6 @@ def fill(number: int | None) -> str:
 def details(summary: str, inside: str) -> str:
     """Something folded away under its summary; nothing where nothing is inside."""
     return f"<details><summary>{summary}</summary>{inside}</details>\n" if inside else ""
-
-
-def more(found: int, shown: int) -> str:
-    """That a table leaves rows out, if it does."""
-    return f"<p>and {found - shown:,} more, in report.json and the manifest</p>" if found > shown else ""
 
 
 def count(value: float) -> str:

@@ -1,0 +1,115 @@
+"""How training is shown: the estimate of a run, the list of runs, and one run, as rich renderables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from ulm.cli.console import printable
+from ulm.cli.corpus_tables import right
+
+STYLES = {"running": "green", "failed": "red", "interrupted": "yellow"}
+MAX_EVENTS = 20  # of the newest; the JSON line has all
+
+
+def plan(planned: dict[str, Any]) -> RenderableType:
+    """The estimate of `train --plan`."""
+    batch, memory, disk = planned["batch"], planned["memory"], planned["disk"]
+    parts = [f"{name.replace('_', ' ')} {decimal(memory[name])}" for name in _MEMORY if memory[name]]
+    workers, possible = planned["workers"], ", ".join(map(str, planned["workers_possible"]))
+    how = "measured" if planned["measured"] else "assumed"
+    per_parameter = planned["tokens_per_parameter"]
+    rows = {
+        "parameters": f"{planned['parameters']:,}",
+        "steps": f"{planned['steps']:,}, of which {planned['steps_done']:,} are done",
+        "tokens": f"{planned['tokens']:,}, {per_parameter:.3g} per parameter (about 20 are compute-optimal)",
+        "corpus": f"{planned['epochs']:.2f} epochs; {planned['padding_share']:.1%} of the slots are padding",
+        "batch": f"{batch['tokens']:,} tokens in {batch['rows']:,} rows; "
+        f"of a worker {batch['micro_batches']:,} times up to {batch['micro_batch_rows']:,} rows",
+        "workers": f"{workers}; the batch can be shared by {possible}",
+        "device": planned["device"],
+        "precision": planned["precision"],
+        "compile": f"{'yes' if planned['compile'] else 'no'}: {planned['compile_why']}",
+        "memory": f"{decimal(memory['total'])} of {decimal(memory['free'])} free: {', '.join(parts)}",
+        "disk": f"{decimal(disk['total'])} of {decimal(disk['free'])} free: "
+        f"{disk['kept']} checkpoints and one being written, {decimal(disk['checkpoint'])} each",
+        "operations": f"{planned['flops']:.2e} FLOP",
+        "time": f"about {_duration(planned['seconds'])}: {planned['tokens_per_second']:,.0f} tokens/s, "
+        f"{how}, {planned['mfu']:.0%} of {planned['peak_flops'] / 1e12:.3g} TFLOP/s",
+    }
+    return Group(_pairs(rows), *(_text(f"note: {remark}", "yellow") for remark in planned["remarks"]))
+
+
+_MEMORY = ("weights", "gradients", "optimizer", "average", "activations", "checkpoint_copy", "program")
+
+
+def runs(found: list[dict[str, Any]]) -> RenderableType:
+    """All runs, a line each."""
+    numbers = right("step", "loss", "bits/byte", "tokens/s")
+    table = Table("run", "status", *numbers, "started (UTC)", *right("parameters"))
+    for run in found:
+        started = run["started"]
+        table.add_row(
+            _text(run["run"]),
+            _text(run["status"], STYLES.get(run["status"], "")),
+            _steps(run),
+            _number(run["loss"], ".4f"),
+            _number(run["bits_per_byte"], ".4f"),
+            _number(run["tokens_per_second"], ",.0f"),
+            started[:16].replace("T", " ") if started else "-",
+            _number(run["parameters"], ","),
+        )
+    return table if found else _text("no runs yet")
+
+
+def run(found: dict[str, Any]) -> RenderableType:
+    """One run: its recipe, figures, checkpoints, events, and where its report is."""
+    rows = {
+        "run": f"{found['run']}, {found['status']}",
+        "step": _steps(found),
+        "parameters": _number(found["parameters"], ","),
+        "loss": _number(found["loss"], ".4f"),
+        "bits per byte": _number(found["bits_per_byte"], ".4f"),
+        "tokens per second": _number(found["tokens_per_second"], ",.0f"),
+        "report": found["report"] or "-",
+    }
+    checkpoints = Table("checkpoint", *right("val_loss"), "", title="checkpoints", title_justify="left")
+    for entry in found["about_checkpoints"]:
+        best = "best" if entry["best"] else ""
+        checkpoints.add_row(_text(entry["name"]), _number(entry["val_loss"], ".4f"), best)
+    events = Table(*right("step"), "what", "", title="events", title_justify="left")
+    for event in found["events"][-MAX_EVENTS:]:
+        events.add_row(f"{event['step']:,}", _text(event["kind"], STYLES.get(event["kind"], "")), _text(event["text"]))
+    recipe = found["recipe"] or "no recipe.yaml"
+    return Group(_text(recipe.rstrip(), "dim"), _text(""), _pairs(rows), checkpoints, events)
+
+
+def _steps(run: dict[str, Any]) -> str:
+    return f"{_number(run['step'], ',')} of {_number(run['num_steps'], ',')}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours / 24:.1f} days"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def _pairs(rows: dict[str, str]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(_text(name, "dim"), _text(value))
+    return table
+
+
+def _text(text: str, style: str = "") -> Text:
+    return Text(printable(text), style)
