@@ -28,7 +28,7 @@ from ulm.models.account import activation_bytes, num_parameters, on_meta, train_
 from ulm.models.decoder import build
 from ulm.recipes.train import TrainRecipe
 
-MEASURE_S = 2.0  # a trial that is likely to take longer is made with fewer rows
+MEASURE_S = 1.5  # a trial that is likely to take longer is made with fewer rows
 USUAL_MFU = 0.4  # share of the peak that training reaches where not even one row can be tried
 COMPILED_SHARE = {"cpu": 0.96, "cuda": 0.5}  # of the eager time that a compiled model takes; see update.py
 OPTIMAL_TOKENS = 20  # per parameter: the least loss for the operations spent (Chinchilla, arXiv 2203.15556)
@@ -148,54 +148,48 @@ class _Trial:
     def __init__(
         self, task: TrainTask, rows: Rows, device: torch.device, flops_per_token: float, peak_flops: float
     ) -> None:
+        eager = task.train.model_copy(update={"compile": False})  # compiling takes longer than the trial
+        task = replace(task, recipe=task.recipe.model_copy(update={"train": eager}))
         self._task, self._rows, self._device = task, rows, device
-        row_flops = flops_per_token * task.spec.context_tokens
-        self._usual_step_s = task.rows_per_batch * row_flops / (USUAL_MFU * peak_flops)
-        self._num_rows = min(task.rows_per_batch, int(MEASURE_S * USUAL_MFU * peak_flops / row_flops))
-        self._can = self._num_rows > 0
-        with nullcontext() if self._can else FakeTensorMode():
+        usual_row_s = flops_per_token * task.spec.context_tokens / (USUAL_MFU * peak_flops)
+        self._usual_step_s = task.rows_per_batch * usual_row_s
+        can_try = int(MEASURE_S / usual_row_s)
+        with nullcontext() if can_try else FakeTensorMode():
             self._model, self._optimizer = _with_optimizer(task, device)
             self._updater = Updater(task, self._model, self._optimizer, device, world_size=1)
         self.micro_batch_rows = self._updater.micro_batch_rows
-
-    @property
-    def rows_at_once(self) -> int:
-        """Rows of the largest micro-batch that is tried."""
-        return min(self._num_rows, self.micro_batch_rows)
+        self.rows_at_once = min(can_try, self.micro_batch_rows)  # of a micro-batch, in the trial
 
     def step_s(self) -> tuple[float, bool]:
         """Seconds of a step, and whether they were measured; a model of which not one row can be tried is not."""
-        if not self._can:
+        if not self.rows_at_once:
             return self._usual_step_s, False
-        if self._num_rows > self.micro_batch_rows:
-            self._num_rows -= self._num_rows % self.micro_batch_rows
-        with torch.compiler.set_stance("force_eager"):
-            batch = self._batch()
-            trial_s = self._timed(lambda: self._updater.update(batch, 1.0))
-        if self._num_rows == self._task.rows_per_batch:
+        all_rows, first = self._task.rows_per_batch, self._batch(self.rows_at_once)
+        first_s = self._timed(lambda: self._updater.update(first, 1.0))  # slower than the next: memory is new
+        num_rows = min(all_rows, max(self.rows_at_once, int(MEASURE_S / first_s * self.rows_at_once)))
+        if self.micro_batch_rows < num_rows < all_rows:
+            num_rows -= num_rows % self.micro_batch_rows
+        batch = self._batch(num_rows)
+        trial_s = min(self._timed(lambda: self._updater.update(batch, 1.0)) for _ in range(2))
+        if num_rows == all_rows:
             return trial_s, True
         for parameter in self._model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        optimizer_s = self._timed(self._optimizer.step)  # once a step, however many rows
-        rows_s = max(0.0, trial_s - optimizer_s)
-        return rows_s * self._task.rows_per_batch / self._num_rows + optimizer_s, True
+        optimizer_s = min(self._timed(self._optimizer.step) for _ in range(2))  # once a step, however many rows
+        return max(0.0, trial_s - optimizer_s) * all_rows / num_rows + optimizer_s, True
 
-    def _batch(self) -> WorkerBatch:
-        numbers = self._rows.order.rows(0, self._num_rows)
+    def _batch(self, num_rows: int) -> WorkerBatch:
+        numbers = self._rows.order.rows(0, num_rows)
         batch = self._rows.plan.batch(numbers)
         inputs_BT, targets_BT = (torch.from_numpy(x).to(self._device) for x in (batch.inputs_BT, batch.targets_BT))
         return WorkerBatch(inputs_BT, targets_BT, int(self._rows.plan.num_targets(numbers).sum()), "")
 
     def _timed(self, work: Callable[[], object]) -> float:
-        """Seconds that it takes when it has been done before: the faster of two."""
-        times_s = []
-        for _ in range(3):
-            runtime.synchronize(self._device)
-            started_s = time.perf_counter()
-            work()
-            runtime.synchronize(self._device)
-            times_s.append(time.perf_counter() - started_s)
-        return min(times_s[1:])
+        runtime.synchronize(self._device)
+        started_s = time.perf_counter()
+        work()
+        runtime.synchronize(self._device)
+        return time.perf_counter() - started_s
 
 
 def _evaluation_s(task: TrainTask, rows: Rows, step_s: float, steps_left: int) -> float:

@@ -186,8 +186,8 @@ def _figure(name: str, unit: str, steps: Steps, lines: Sequence[Line], *, classe
 
 
 def _span(steps: Steps) -> tuple[float, float]:
-    """All plots have one x axis."""
-    return 0.0, float(steps["step"][-1])
+    """All plots have one x axis, with room for a dot at its end."""
+    return 0.0, 1.01 * float(steps["step"][-1])
 
 
 def _from_zero(y: Floats) -> tuple[float, float]:

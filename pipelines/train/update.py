@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -25,6 +26,11 @@ GPU_SHARE = 0.85  # of what is free once weights, gradients and optimizer have t
 # Seconds of training at a usual rate from which it pays; of the whole task, so that a resumed run computes the same.
 COMPILE_PAYS_S = {"cpu": 900.0, "cuda": 120.0}
 USUAL_FLOPS = {"cpu": 1.5e11, "cuda": 1.5e14}
+
+
+# Buffers are tables that follow from the spec: not to be sent before every forward. torch 2.13 has a new name for it.
+_IS_NEW = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+KEEP_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _IS_NEW else "broadcast_buffers": False}
 
 
 class Objective(nn.Module):
@@ -59,9 +65,8 @@ class Updater:
         self.micro_batch_rows = task.train.micro_batch_rows or self._rows_that_fit(task, rows)
         if world_size > 1:
             ids = [device] if device.type == "cuda" else None
-            # Buffers are tables that follow from the spec: no need to broadcast them before every forward.
             self._objective = DistributedDataParallel(
-                self._objective, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+                self._objective, device_ids=ids, gradient_as_bucket_view=True, **KEEP_BUFFERS
             )
 
     def autocast(self) -> AbstractContextManager[None]:

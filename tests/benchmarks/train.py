@@ -32,7 +32,6 @@ ULM = [sys.executable, "-m", "ulm.cli.main"]
 PEERS = Path(".venv-peers/bin/python")
 RECIPES = Path("pipelines/recipes")
 CORES = 2
-RUNS = 3
 H200_FLOPS = 989e12  # of dense bfloat16 products, from NVIDIA's data sheet
 PRODUCT_SIZE = 2048
 
@@ -54,13 +53,14 @@ FIGURES: dict[str, Values] = {  # as report takes them
 
 def main() -> None:
     """All figures of the group."""
-    measures: dict[str, Callable[[Path, bool], None]] = {
+    measures: dict[str, Callable[[Path, int, bool], None]] = {
         "mini": mini, "ray": ray, "workers": workers, "shakespeare": shakespeare, "wikitext2": wikitext2, "gpu": gpu,
     }  # fmt: skip
     options = argparse.ArgumentParser()
     options.add_argument("--device", default=None, help="cuda adds the GPU's figures")
     options.add_argument("--full", action="store_true", help="more settings of the peers, and WikiText-2")
     options.add_argument("--only", default=None, choices=measures)
+    options.add_argument("--runs", type=int, default=3, help="of each; 1 for a quick look")
     chosen = options.parse_args()
     if not runtime.can_compile(runtime.device("cpu")):
         sys.stderr.write("no C++ compiler: torch.compile is off for us and fails for the peers\n")
@@ -72,7 +72,7 @@ def main() -> None:
                 place.mkdir()
                 if name != "gpu":
                     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])  # children inherit it
-                measure(place, chosen.full)
+                measure(place, chosen.runs, chosen.full)
 
 
 def _is_due(name: str, device: str | None, full: bool) -> bool:
@@ -166,7 +166,7 @@ TRIALS = (
 )
 
 
-def mini(place: Path, full: bool) -> None:
+def mini(place: Path, runs: int, full: bool) -> None:
     """Our loop, transformers' Trainer, nanoGPT's way and the machine's matrix product, by turns."""
     from ulm.models.account import num_parameters, on_meta
     from ulm.spec import ModelSpec
@@ -198,7 +198,7 @@ def mini(place: Path, full: bool) -> None:
     recipe = _recipe(place, "mini", {"corpus": "library", "model": "mini", "train": train})
     ours, theirs = [], {figure: [] for figure in peers}
     products: list[dict[str, float]] = []
-    for run_number in range(RUNS):
+    for run_number in range(runs):
         products.append({dtype: _product_flops(dtype) for dtype in ("float32", "bfloat16")})
         options = ("--threads", CORES, "--warm-up-steps", usual.warm_up_steps)
         ours.append(_json_of(_one_run(recipe, f"mini-{run_number}", {}, *options), environment))
@@ -209,7 +209,7 @@ def mini(place: Path, full: bool) -> None:
                 said[figure] = f"the peer failed (`make peers` makes it anew): {error}"
     speeds = [line["tokens_per_second"] for line in ours]
     for figure, found in theirs.items():
-        if len(found) < RUNS:
+        if len(found) < runs:
             _report(figure, [], note=said[figure])
             continue
         note = f"{sizes['parameters']:,} parameters, the peer {found[0]['parameters']:,}; both {usual.rows} rows of "
@@ -256,9 +256,9 @@ def _product_flops(dtype: str) -> float:
 # ---- Ray, and workers
 
 
-def ray(place: Path, full: bool) -> None:
+def ray(place: Path, runs: int, full: bool) -> None:
     """`ulm train` against our own loop alone in a process, same recipe, by turns; and how long both wait for data."""
-    pairs, warm_up_steps, steps = 5, 20, 30
+    pairs, warm_up_steps, steps = runs if runs < 3 else 5, 20, 30
     _library_corpus(place, 8_192)
     train = {"steps": warm_up_steps + steps, "batch_tokens": 8_192}
     recipe = _recipe(place, "nano", {"corpus": "library", "model": "nano", "train": train})
@@ -280,14 +280,14 @@ def _steps(home: Path, run: str, warm_up_steps: int) -> dict[str, float]:
     return pace(list(read(home / "runs" / run))[warm_up_steps:])
 
 
-def workers(place: Path, full: bool) -> None:
+def workers(place: Path, runs: int, full: bool) -> None:
     """Two workers of one thread over gloo against one of two threads, by turns."""
     warm_up_steps, steps, rows, context_tokens = 3, 7, 16, 512
     _library_corpus(place, 8_192)
     train = {"steps": warm_up_steps + steps, "batch_tokens": rows * context_tokens}
     recipe = _recipe(place, "micro", {"corpus": "library", "model": "micro", "train": train})
     two, one = [], []
-    for run in range(RUNS):
+    for run in range(runs):
         two.append(_of_two(place, recipe, f"two-{run}", warm_up_steps)["tokens_per_second"])
         options = ("--threads", CORES, "--warm-up-steps", warm_up_steps)
         line = _json_of(_one_run(recipe, f"one-{run}", {}, *options), _environment(place))
@@ -325,7 +325,7 @@ def _built(place: Path, name: str) -> str | None:
     return None
 
 
-def shakespeare(place: Path, full: bool) -> None:
+def shakespeare(place: Path, runs: int, full: bool) -> None:
     """Nats per character of the whole validation text after plain training, and after the fast recipe in its time.
 
     Two runs go side by side, each on one core, so that both have the same machine. Windows of 64 characters do not
@@ -340,7 +340,7 @@ def shakespeare(place: Path, full: bool) -> None:
     trial = {"train.steps": trial_steps, "train.eval_tokens": 64}
     options = ("--threads", 1, "--warm-up-steps", warm_up_steps)
     losses, fast_losses, seconds = [], [], []
-    for seed in range(RUNS):
+    for seed in range(runs):
         commands = [_one_run(recipe, f"trial-{recipe.stem}-{seed}", trial, *options) for recipe in (plain, fast)]
         paces = [line["seconds_per_step"] for line in _side_by_side(commands, place)]
         steps = round(2_000 * paces[0] / paces[1])
@@ -368,17 +368,18 @@ def _side_by_side(commands: Sequence[Sequence[object]], home: Path) -> list[Valu
 
 
 def _mean(values: Sequence[float], digits: int = 4) -> str:
-    return f"mean {statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"mean {statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
-def wikitext2(place: Path, full: bool) -> None:
+def wikitext2(place: Path, runs: int, full: bool) -> None:
     """Bits per byte of the whole test split after one epoch, in windows of 512 tokens that do not overlap."""
     figure = "wikitext2_bits_per_byte"
     if (why_not := _built(place, "wikitext2")) is not None:
         _report(figure, [], note=why_not)
         return
     recipe, lines = RECIPES / "train-wikitext2.yaml", []
-    for seed in range(RUNS):
+    for seed in range(runs):
         command = _one_run(recipe, f"wikitext2-{seed}", {"train.seed": seed}, "--held-out", "test")
         lines.append(_json_of(command, _environment(place)))
     found = [line["test"]["bits_per_byte"] for line in lines]
@@ -389,7 +390,7 @@ def wikitext2(place: Path, full: bool) -> None:
 # ---- a GPU
 
 
-def gpu(place: Path, full: bool) -> None:
+def gpu(place: Path, runs: int, full: bool) -> None:
     """Share of an H200's bfloat16 peak that `base` reaches, compiled, in batches of its preset."""
     import torch
 
@@ -401,7 +402,7 @@ def gpu(place: Path, full: bool) -> None:
     train = {"steps": warm_up_steps + steps, "compile": True}
     recipe = _recipe(place, "base", {"corpus": "library", "model": "base", "train": train})
     shares = []
-    for run in range(RUNS):
+    for run in range(runs):
         command = _one_run(recipe, f"base-{run}", {}, "--warm-up-steps", warm_up_steps)
         line = _json_of(command, _environment(place))
         shares.append(line["tokens_per_second"] * line["flops_per_token"] / H200_FLOPS)

@@ -85,7 +85,7 @@ def test_the_list_says_how_each_run_stands_with_its_figures(task):
     assert runs["done"]["parameters"] == num_parameters(build(task().spec))
     assert runs["done"]["tokens_per_second"] > 0 and runs["done"]["started"].startswith("20")
     line = next(line for line in shown.splitlines() if "done" in line)
-    assert "finished" in line and "4 of 4" in line and f"{last['loss']:.4f}" in line
+    assert "finished" in line and "4/4" in line and f"{last['loss']:.3f}" in line
 
 
 def test_a_failed_run_that_is_trained_again_is_no_longer_failed(task):

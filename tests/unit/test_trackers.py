@@ -11,12 +11,13 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
-from pipelines.train import events, folder, report, trackers
+from pipelines.train import events, folder, hosted, report, trackers
 from pipelines.train.figures import StepFigures
+from pipelines.train.hosted import WANDB_EVERY_S
 from pipelines.train.loop import train
 from pipelines.train.samples import Sample
 from pipelines.train.task import TrainTask, resolve
-from pipelines.train.trackers import WANDB_EVERY_S, Trackers
+from pipelines.train.trackers import Trackers
 from tests.changed_task import changed
 from tests.written_corpus import written_corpus
 from ulm.errors import ConfigError
@@ -166,13 +167,13 @@ def test_weights_and_biases_is_given_a_step_a_second_every_evaluation_and_its_ow
     wandb = SimpleNamespace(init=init, Settings=dict, Error=RuntimeError, Table=lambda columns, data: data)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     now_s = iter([100.0, 100.0 + WANDB_EVERY_S / 2, 100.0 + WANDB_EVERY_S / 2, 100.1 + 2 * WANDB_EVERY_S])
-    found = trackers.WeightsAndBiases(task())
-    monkeypatch.setattr(trackers, "time", SimpleNamespace(monotonic=lambda: next(now_s)))
+    found = hosted.WeightsAndBiases(task())
+    monkeypatch.setattr(hosted, "time", SimpleNamespace(monotonic=lambda: next(now_s)))
     for step, values in enumerate([{"loss": 1.0}, {"loss": 1.0}, {"loss": 1.0, "val_loss": 2.0}, {"loss": 1.0}], 1):
         found.step(step, values)
     found.sample("sample_0", Sample(4, "p", "t"))
     found.close()
-    trackers.WeightsAndBiases(task())
+    hosted.WeightsAndBiases(task())
     assert logged == [(1, ["loss"]), (3, ["loss", "val_loss"]), (4, ["loss"]), (4, ["sample_0"]), "finished"]
     assert [how["id"] for how in begun] == [None, "x1"]
     assert begun[0]["name"] == "a" and begun[0]["config"]["train"]["batch_tokens"] == 256

@@ -48,20 +48,24 @@ _MEMORY = ("weights", "gradients", "optimizer", "average", "activations", "check
 
 
 def runs(found: list[dict[str, Any]]) -> RenderableType:
-    """All runs, a line each."""
-    numbers = right("step", "loss", "bits/byte", "tokens/s")
-    table = Table("run", "status", *numbers, "started (UTC)", *right("parameters"))
+    """All runs, a line each, narrow enough for 80 columns."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("run", overflow="fold")
+    for title in ("status", "started (UTC)"):
+        table.add_column(title, no_wrap=True)
+    for title in ("size", "step", "loss", "bpb", "tok/s"):
+        table.add_column(title, justify="right", no_wrap=True)
     for run in found:
         started = run["started"]
         table.add_row(
             _text(run["run"]),
             _text(run["status"], STYLES.get(run["status"], "")),
-            _steps(run),
-            _number(run["loss"], ".4f"),
-            _number(run["bits_per_byte"], ".4f"),
-            _number(run["tokens_per_second"], ",.0f"),
             started[:16].replace("T", " ") if started else "-",
-            _number(run["parameters"], ","),
+            _size(run["parameters"]),
+            f"{_number(run['step'], '')}/{_number(run['num_steps'], '')}",
+            _number(run["loss"], ".3f"),
+            _number(run["bits_per_byte"], ".3f"),
+            _number(run["tokens_per_second"], ",.0f"),
         )
     return table if found else _text("no runs yet")
 
@@ -94,6 +98,12 @@ def _steps(run: dict[str, Any]) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _size(parameters: int | None) -> str:
+    if parameters is None:
+        return "-"
+    return f"{parameters / 1e6:.3g}M" if parameters < 1e9 else f"{parameters / 1e9:.3g}B"
 
 
 def _duration(seconds: float) -> str:
