@@ -22,6 +22,7 @@ from pipelines.corpus.job import over_ray
 from pipelines.evaluate import evaluate_swarm
 from pipelines.swarm_plan import Plan, plan_swarm
 from pipelines.train import folder, job
+from pipelines.train.events import Event
 from pipelines.train.task import Stage, TrainTask
 from ulm import artefacts, registry, runtime
 from ulm.corpus.manifest import Corpus
@@ -37,7 +38,12 @@ log = logging.getLogger(__name__)
 
 
 def train_swarm(
-    recipe: SwarmRecipe, *, root: Path, near: Path | None = None, on_progress: OnProgress | None = None
+    recipe: SwarmRecipe,
+    *,
+    root: Path,
+    near: Path | None = None,
+    on_progress: OnProgress | None = None,
+    on_event: Callable[[str, Event], None] | None = None,
 ) -> dict[str, Any]:
     """Train, write and evaluate a swarm on the Ray cluster of this process, or go on where an earlier call stopped.
 
@@ -56,7 +62,9 @@ def train_swarm(
         folder.write_recipe(task, recipe)
     stages = [Stage((plan.seed,)), Stage(tuple(tasks[1:]), side_by_side=max(recipe.train.worker_counts) == 1)]
     workers, resources = _room(recipe, plan)
-    lines = job.run_stages(stages, name=recipe.name, workers=workers, resources=resources, on_progress=report)
+    lines = job.run_stages(
+        stages, name=recipe.name, workers=workers, resources=resources, on_progress=report, on_event=on_event
+    )
     if any(line.get("status") == "interrupted" for line in lines):
         return {"status": "interrupted", "runs": [line["run"] for line in lines if line["checkpoint"]]}
     swarm = _write(recipe, plan, {line["run"]: Path(line["checkpoint"]) for line in lines}, root)

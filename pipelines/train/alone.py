@@ -15,6 +15,7 @@ from pipelines.train.events import Event, EventTail
 from pipelines.train.figures import StepFigures
 from pipelines.train.loop import train
 from pipelines.train.prepare import prepare
+from pipelines.train.saver import full_disk_told
 from pipelines.train.stopping import STOP, stopping
 from pipelines.train.task import TrainTask
 from ulm import runtime
@@ -37,10 +38,11 @@ def run(
     """
     check_alone(recipe)
     task = task or prepare(recipe, root=root, near=near)
-    folder.write_recipe(task, recipe)
-    if not folder.is_finished(task):
-        _train(task, on_progress, on_event)
-    folder.name_model(task, root)
+    with full_disk_told(task.folder):
+        folder.write_recipe(task, recipe)
+        if not folder.is_finished(task):
+            _train(task, on_progress, on_event)
+        folder.name_model(task, root)
     return folder.last_line(task)
 
 

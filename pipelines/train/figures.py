@@ -12,6 +12,7 @@ from typing import Any, Self, TextIO
 from ulm import artefacts
 
 FILE = "metrics.jsonl"
+WARM_UP_STEPS = 20  # left out of a run's tokens per second
 
 
 @dataclass(frozen=True)

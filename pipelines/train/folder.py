@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from pipelines.train import events, figures, legs
+from pipelines.train import events, figures, legs, report
 from pipelines.train.legs import TASK
 from pipelines.train.task import TrainTask
 from ulm import artefacts
@@ -23,7 +23,6 @@ from ulm.recipes.train import TrainingRecipe
 LOG = "log"  # what the run's first worker logs
 MODEL = "model.json"  # the size of the model, for who lists runs and has no torch to count with
 LOCK_WAIT_S = 60.0
-WARM_UP_STEPS = 20  # left out of a run's tokens per second
 
 
 def check(task: TrainTask) -> None:
@@ -147,6 +146,7 @@ def failure_told(tasks: Sequence[TrainTask]) -> Iterator[None]:
             with suppress(OSError):  # the disk may be full, and the error says so
                 for task in open_runs:
                     events.say(task.folder, newest_step(task)[1], events.FAILED, str(error) or repr(error))
+                    report.write(task.folder)
         raise
 
 
@@ -164,7 +164,7 @@ def last_line(task: TrainTask) -> dict[str, Any]:
 
 
 def _tokens_per_second(lines: list[dict[str, Any]]) -> float | None:
-    timed = lines[min(WARM_UP_STEPS, len(lines) // 2) :]
+    timed = lines[min(figures.WARM_UP_STEPS, len(lines) // 2) :]
     seconds = sum(line["step_tokens"] / line["tokens_per_second"] for line in timed)
     return sum(line["step_tokens"] for line in timed) / seconds if seconds else None
 

@@ -26,6 +26,7 @@ from pipelines.train.events import Event, EventTail
 from pipelines.train.figures import Tail
 from pipelines.train.legs import TASK
 from pipelines.train.prepare import prepare
+from pipelines.train.saver import full_disk, full_disk_told, is_full
 from pipelines.train.stopping import STOP, stopping
 from pipelines.train.task import Stage, TrainTask
 from pipelines.train.worker_job import Work, train_worker
@@ -69,15 +70,16 @@ def run(
     A finished run gets a name under models/.
     """
     task = task or prepare(recipe, root=root, near=near)
-    folder.write_recipe(task, recipe)
-    line = run_task(
-        task,
-        workers=recipe.train.worker_counts,
-        resources=recipe.resources,
-        on_progress=on_progress,
-        on_event=on_event,
-    )
-    folder.name_model(task, root)
+    with full_disk_told(task.folder):
+        folder.write_recipe(task, recipe)
+        line = run_task(
+            task,
+            workers=recipe.train.worker_counts,
+            resources=recipe.resources,
+            on_progress=on_progress,
+            on_event=on_event,
+        )
+        folder.name_model(task, root)
     return line
 
 
@@ -214,29 +216,31 @@ def _fit_once(stages: tuple[Stage, ...], name: str, room: _Room) -> _Lost | None
             trainer.fit()
             return None
         except TrainingFailedError as error:
-            lost = _judge(name, error)
+            lost = _judge(runs / name, error)
             if GROUP_REMOVED not in str(error):
                 return lost
             log.warning("Ray took the workers of %s away while they started; starting them again", name)
     return lost
 
 
-def _judge(name: str, error: TrainingFailedError) -> _Lost:
+def _judge(run: Path, error: TrainingFailedError) -> _Lost:
     """How the workers were lost; raises what another group of workers would meet again."""
     of_controller: Exception | None = getattr(error, "controller_failure", None)
     of_ranks: dict[int, Exception] = getattr(error, "worker_failures", {})
     for cause in (*of_ranks.values(), of_controller):
         if (ours := _ours(cause)) is not None:
             raise ours from error
+        if is_full(cause):  # of Ray's controller, which writes beside the run
+            raise full_disk(run) from error
         if isinstance(cause, MISTAKES):
             log.error("%s", error)  # with the worker's traceback
-            raise TrainingError(f"{name}: a worker failed: {type(cause).__name__}: {cause}") from error
+            raise TrainingError(f"{run.name}: a worker failed: {type(cause).__name__}: {cause}") from error
     if type(of_controller).__name__ == "WorkerGroupStartupTimeoutError":  # Ray 2.60 keeps the class to itself
         return _Lost("no room for all workers", is_taken=True)
     # A rank that lost its peer fails too; the one that was lost says why.
     dead = {rank: cause for rank, cause in of_ranks.items() if "health check" in str(cause)} or of_ranks
     why = str(next(iter(dead.values()), error)).strip().rpartition("\n")[2]
-    which = f"worker {min(dead)} of {name}" if dead else "a worker"
+    which = f"worker {min(dead)} of {run.name}" if dead else "a worker"
     return _Lost(f"{which} was lost ({why.partition(' Some common causes')[0][:300]})")
 
 

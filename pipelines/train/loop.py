@@ -5,13 +5,12 @@ One process calls `train` by itself; several call it together, each with its ran
 
 from __future__ import annotations
 
-import errno
 import gc
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from pipelines.train.feed import Feed
 from pipelines.train.figures import MetricsFile, StepFigures
 from pipelines.train.guard import Rollbacks, Tripped
 from pipelines.train.run import Run, agree
+from pipelines.train.saver import full_disk_told
 from pipelines.train.task import TrainTask
 from pipelines.train.trackers import Trackers
 from ulm import registry, runtime
@@ -76,7 +76,7 @@ def train(
             stack.enter_context(folder.held(task))
             folder.claim(task)
             stack.enter_context(folder.failure_told([task]))
-            stack.enter_context(_full_disk_told(task))
+            stack.enter_context(full_disk_told(task.folder))
         if agree(int(rank == 0 and folder.is_finished(task)), world_size, device):
             return Result(folder.newest_step(task)[1], store.newest(task.folder))
         so_far = None
@@ -122,18 +122,6 @@ def _go_back(run: Run, tripped: Tripped) -> None:
         text = f"{tripped}; going back to {target}, from there with {run.rollbacks.lr_scale:g} of the rate"
         events.say(run.task.folder, tripped.step, "rollback", text)
     run.agree(0)
-
-
-@contextmanager
-def _full_disk_told(task: TrainTask) -> Iterator[None]:
-    """A disk too full for metrics or events comes out of the block as a TrainingError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        remedy = "make room and run it again: it resumes from its newest checkpoint"
-        raise TrainingError(f"{task.run}: no space left for what the run writes in {task.folder}; {remedy}") from None
 
 
 def _train_on(run: Run, edges: Edges) -> Result:

@@ -111,7 +111,9 @@ def plan(recipe: TrainRecipe, *, root: Path, near: Path | None = None) -> dict[s
 
 def _with_optimizer(task: TrainTask, device: torch.device) -> tuple[Any, torch.optim.Optimizer]:
     """The model that the task trains, with fresh weights, and its optimizer."""
-    model = build(task.spec, seed=task.train.seed).to(device)
+    model = build(task.spec, seed=task.train.seed)
+    if device.type != "cpu":  # a model without data cannot be moved, not even to where it is
+        model = model.to(device)
     if task.train.precision == "pure_bfloat16":
         for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
@@ -126,11 +128,7 @@ def _num_bytes(tensors: Any) -> int:
 def _bytes(task: TrainTask, precision: str) -> _Bytes:
     """Counted on a model and an optimizer that make one step without data."""
     with FakeTensorMode():
-        model = registry.find("model", task.spec.model)(task.spec)
-        if task.train.precision == "pure_bfloat16":
-            model = model.to(torch.bfloat16)
-        lr = task.optimizer.lr  # type: ignore[attr-defined]
-        optimizer = registry.find("optimizer", task.optimizer.kind).build(task.optimizer, model, lr)
+        model, optimizer = _with_optimizer(task, torch.device("cpu"))
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()

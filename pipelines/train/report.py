@@ -19,7 +19,7 @@ from pipelines.report.html import MAX_LABEL, Html, count, counted, details, docu
 from pipelines.report.lines import Floats, Line, Mark, plot, smoothed
 from pipelines.train import events, figures, samples, status
 from pipelines.train.events import Event
-from pipelines.train.folder import WARM_UP_STEPS
+from pipelines.train.figures import WARM_UP_STEPS
 from pipelines.train.samples import Sample
 from pipelines.train.status import MODEL, TASK
 from ulm import artefacts

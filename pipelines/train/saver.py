@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import shutil
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from ulm.checkpoints import store
@@ -14,6 +16,29 @@ from ulm.errors import TrainingError
 
 SAVE_EVERY_S = 600.0  # where the recipe does not say after how many steps
 SPARE_BYTES = 16 * 2**20  # beside the tensors: tokenizer, manifests, metrics
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error says that a disk, or what may be used of it, is full."""
+    known = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return known or "No space left" in str(error)  # safetensors has an exception of its own
+
+
+def full_disk(run: Path) -> TrainingError:
+    """What to say where a run could not write."""
+    remedy = "make room and run it again: it resumes from its newest checkpoint"
+    return TrainingError(f"{run.name}: no space left for what the run writes in {run}; {remedy}")
+
+
+@contextmanager
+def full_disk_told(run: Path) -> Iterator[None]:
+    """A disk too full for metrics or events comes out of the block as a TrainingError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise full_disk(run) from None
 
 
 class Saver:
@@ -55,13 +80,11 @@ class Saver:
             raise self._full(place, snapshot.num_bytes)
         try:
             store.write(snapshot, place)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise self._full(place, snapshot.num_bytes) from None
-            raise TrainingError(f"{place}: the checkpoint could not be written: {error}") from None
         except Exception as error:
-            if "No space left" in str(error):  # safetensors has an exception of its own
+            if is_full(error):
                 raise self._full(place, snapshot.num_bytes) from None
+            if isinstance(error, OSError):
+                raise TrainingError(f"{place}: the checkpoint could not be written: {error}") from None
             raise
         store.prune(self._run, self._keep_last, self._keep_best)
         return place

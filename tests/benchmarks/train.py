@@ -336,14 +336,14 @@ def shakespeare(place: Path, runs: int, full: bool) -> None:
             _report(figure, [], note=why_not)
         return
     plain, fast = (RECIPES / f"train-shakespeare{kind}.yaml" for kind in ("", "-fast"))
-    trial_steps, warm_up_steps = 120, 20
-    trial = {"train.steps": trial_steps, "train.eval_tokens": 64}
+    plain_steps = yaml.safe_load(plain.read_text(encoding="utf-8"))["train"]["steps"]
+    trial, warm_up_steps = {"train.steps": 120, "train.eval_tokens": 64}, 20
     options = ("--threads", 1, "--warm-up-steps", warm_up_steps)
     losses, fast_losses, seconds = [], [], []
     for seed in range(runs):
         commands = [_one_run(recipe, f"trial-{recipe.stem}-{seed}", trial, *options) for recipe in (plain, fast)]
         paces = [line["seconds_per_step"] for line in _side_by_side(commands, place)]
-        steps = round(2_000 * paces[0] / paces[1])
+        steps = round(plain_steps * paces[0] / paces[1])
         commands = [
             _one_run(plain, f"plain-{seed}", {"train.seed": seed}, *options),
             _one_run(fast, f"fast-{seed}", {"train.seed": seed, "train.steps": steps}, *options),

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from ulm.recipes.train import EarlyStopping, Guard, Resources, Samples, Train, TrainRecipe
+
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 300
 
@@ -88,3 +90,31 @@ def test_every_command_of_the_page_on_corpora_runs_in_order(tmp_path: Path) -> N
     compared = last["ulm corpus diff docs docs-and-more"]
     assert compared["documents"]["added"] == 2 and compared["documents"]["removed"] == 0
     assert last["ulm corpus verify docs-and-more"]["verified"]
+
+
+@pytest.mark.timeout(600)
+def test_every_command_of_the_page_on_training_runs_in_order(tmp_path: Path) -> None:
+    last = results(run_page("docs/training.md", tmp_path))
+    planned, trained = last["ulm train small.yaml --plan"], last["ulm train small.yaml --no-ray"]
+    assert planned["steps"] == trained["step"] == 20
+    assert last["ulm train small.yaml --set name=two-workers --set train.steps=10"]["step"] == 10
+    listed = {run["run"]: run for run in last["ulm runs list"]["runs"]}
+    assert {name: run["status"] for name, run in listed.items()} == {"small": "finished", "two-workers": "finished"}
+    assert listed["small"]["parameters"] == planned["parameters"] and listed["small"]["loss"] == trained["loss"]
+    assert last["ulm runs show small"]["best"] == Path(trained["checkpoint"]).name
+    assert Path(last["ulm runs show small"]["report"]).is_file()
+    assert 0 < last["ulm runs logs small -n 5"]["lines"] <= 5
+
+
+def test_the_page_on_training_names_every_key_of_its_recipe_and_no_other() -> None:
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (`.+?`[^|]*) \| ([^\n]*)", page, re.MULTILINE))
+    named = {key for row in rows for key in re.findall(r"`(\w+)`", row)}
+    sections = {"early_stopping": EarlyStopping, "guard": Guard, "samples": Samples, "resources": Resources}
+    of_train = set(Train.model_fields)
+    assert named - of_train == {"optimizer", "schedule", "log_to", *sections}
+    assert of_train <= named
+    assert set(TrainRecipe.model_fields) <= named | {"name", "corpus", "model", "init_from", "train"}
+    for section, fields in sections.items():
+        text = next(text for row, text in rows.items() if row == f"`{section}`")
+        assert set(fields.model_fields) <= set(re.findall(r"\w+", text)), section

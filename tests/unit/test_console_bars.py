@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from pipelines.train.events import Event
 from ulm.cli import console
 
 FIGURES = {"loss": 2.3456, "tokens_per_second": 12_345.6, "mfu": 0.357}
@@ -117,5 +118,5 @@ def test_what_happens_to_a_run_is_said_above_its_bar_and_cannot_command_the_term
     file = screen(monkeypatch, 120, is_terminal=is_terminal)
     with console.bars() as bars:
         bars.step("a", 1, 10, FIGURES)
-        bars.event("a", 1_230, "rollback", "loss [red]14.5[/] is \x1b[2Jmore\u202e than usual")
+        bars.event("a", Event(0.0, 1_230, "rollback", "loss [red]14.5[/] is \x1b[2Jmore\u202e than usual"))
     assert "a  step 1,230  rollback: loss [red]14.5[/] is \ufffd[2Jmore\ufffd than usual" in file.getvalue()

@@ -161,7 +161,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_taken(ta
     with caplog.at_level(logging.WARNING, logger="pipelines"):
         train(a)
     [(step, text)] = said(a, "damaged")
-    assert step == 6 and text.startswith("step-00000006 is damaged, the one before is taken: ")
+    assert step == 6 and text.startswith("step-00000006 is damaged, the one before, step-00000004, is taken: ")
     assert text.endswith("; it is kept as step-00000006.damaged") and text in caplog.text
     assert said(a, "resume")[-1][0] == 4
     assert lines(a, *SAME) == lines(whole, *SAME)

@@ -37,8 +37,9 @@ def recipe(**fields: Any) -> TrainRecipe:
 
 
 @pytest.fixture
-def corpus(root: Path) -> Path:
-    """A root with a small corpus; its path."""
+def corpus(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A root with a small corpus; its path. Trials have one thread, as training in tests has."""
+    monkeypatch.setattr("ulm.runtime.num_cpus", lambda: 1)
     written_corpus(root, {"train": TEXTS[10:], "val": TEXTS[:10]})
     return root
 

@@ -126,10 +126,11 @@ class Bars:
             parts += [f"{100 * figures['mfu']:.0f}% MFU"] if figures.get("mfu") is not None else []
         self.update(run, step, num_steps, " ".join(parts))
 
-    def event(self, run: str, step: int, kind: str, text: str) -> None:
-        """Say above the bars what has happened to a training run."""
-        style = "dim" if kind in QUIET_EVENTS else "yellow"
-        said = Text(f"{printable(run)}  step {step:,}  ", "dim").append(f"{printable(kind)}: {printable(text)}", style)
+    def event(self, run: str, event: Any) -> None:
+        """Say above the bars what has happened to a training run (an Event of pipelines/train/events.py)."""
+        style = "dim" if event.kind in QUIET_EVENTS else "yellow"
+        said = Text(f"{printable(run)}  step {event.step:,}  ", "dim")
+        said.append(f"{printable(event.kind)}: {printable(event.text)}", style)
         err.print(said, soft_wrap=not err.is_terminal)
 
 

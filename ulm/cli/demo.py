@@ -59,7 +59,7 @@ def demo(
             corpus = corpus_job.build(_corpus_recipe(files), root=root, near=None, progress=bars.update)
             _say("2 swarm", "a seed, one expert per cluster, and one dense model for comparison, with Ray Train")
             swarm = swarm_job.train_swarm(
-                _swarm_recipe(tokens, len(files)), root=root, near=None, on_progress=bars.step
+                _swarm_recipe(tokens, len(files)), root=root, near=None, on_progress=bars.step, on_event=bars.event
             )
         if swarm.get("status") == "interrupted":
             console.finish_job(swarm, out)

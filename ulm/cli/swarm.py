@@ -33,7 +33,9 @@ def train(recipe: Recipe, overrides: Overrides = [], address: Address = None) ->
     from pipelines import swarm_job
 
     with session(root, address), console.bars() as bars:
-        result = swarm_job.train_swarm(loaded, root=root, near=recipe.parent, on_progress=bars.step)
+        result = swarm_job.train_swarm(
+            loaded, root=root, near=recipe.parent, on_progress=bars.step, on_event=bars.event
+        )
     if "bits_per_byte" in result:
         console.err.print(comparison(result["bits_per_byte"]))
         _warn_of_noise(result.get("scored_tokens", {}))

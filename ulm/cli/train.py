@@ -65,6 +65,6 @@ def train(
             root=root,
             task=task,
             on_progress=lambda step, num_steps, figures: bars.step(loaded.name, step, num_steps, figures),
-            on_event=lambda name, event: bars.event(name, event.step, event.kind, event.text),
+            on_event=bars.event,
         )
     console.finish_job(result)

@@ -63,9 +63,7 @@ def _head(figures: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
         (f"{tokenizer['vocab_size']:,}", f"{text(tokenizer['kind'])} vocabulary"),
     ]
     if padding := figures["padding"]:
-        shown.append(
-            (f"{100 * padding['share']:.1f} %", f"padding in rows of {padding['context_tokens']:,} tokens")
-        )
+        shown.append((f"{100 * padding['share']:.1f} %", f"padding in rows of {padding['context_tokens']:,} tokens"))
     splits = table(
         ("split", "documents", "tokens", "share of tokens", "text", "bytes per token"),
         [[s["split"], s["documents"], s["tokens"], bar(s["share"]), size(s["bytes"]), s["bytes_per_token"]]
