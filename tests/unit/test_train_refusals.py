@@ -36,6 +36,11 @@ def prepared(recipe: Path, root: Path, *overrides: str):
     return prepare(load_recipe("train", recipe, overrides), root=root, near=recipe.parent)
 
 
+def test_stopping_early_without_keeping_the_best_is_refused(recipe, root):
+    with pytest.raises(ConfigError, match=r"train\.keep_best: 0, but early_stopping ends with the best checkpoint"):
+        prepared(recipe, root, "early_stopping={patience: 2}", "train.keep_best=0", "train.eval_every_steps=2")
+
+
 @pytest.mark.parametrize(
     ("override", "place", "problem"),
     [

@@ -125,6 +125,12 @@ class TrainingRecipe(Recipe):
 
     check_optimizer = field_validator("optimizer", mode="before")(_kind("optimizer"))
 
+    @model_validator(mode="after")
+    def _best_is_kept(self) -> Self:
+        if self.early_stopping and not self.train.keep_best:
+            raise ConfigError("train.keep_best", "0, but early_stopping ends with the best checkpoint", "1 or more")
+        return self
+
     @field_validator("model")
     @classmethod
     def _model_parses(cls, given: str | dict[str, Any]) -> str | dict[str, Any]:
