@@ -12,7 +12,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c 
 HASH := $(shell cat pyproject.toml requirements/*.txt | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.stamp-$(HASH)$(if $(NO_VLLM),-no-vllm)
 
-# What `ulm bench corpus` and `ulm bench train` compare with; in a place of its own, for it wants other versions of what we use.
+# What `ulm bench corpus` and `train` compare with; in a place of its own, for it wants other versions of what we use.
 PEERS := .venv-peers
 
 .PHONY: help setup demo test test-all lint bench peers clean
@@ -64,7 +64,7 @@ bench: setup ## every figure: one JSON line each
 
 peers: ## make .venv-peers with the tools that benchmarks compare with
 	$(PYTHON) -m venv $(PEERS)
-	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 	  torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 'datatrove[processing]==0.10.1' spacy==3.8.18 orjson==3.13.0
 
 clean: ## remove the environments and build artefacts; runs and corpora live elsewhere

@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import math
+import re
 import sys
 import threading
 import time
@@ -52,6 +53,7 @@ START_WAIT_S = 20.0  # for CPUs and GPUs that others use, or that went with a no
 # the others wait: load and check a checkpoint, wait for the run's folder, write samples. Ray's and torch's own: 10
 # and 30 minutes, and for ever between reports.
 STUCK_AFTER_S = 300.0
+GUESSES = re.compile(r" (?:Some common causes|This is typically)")  # of Ray and of gloo, after what they know
 # Exceptions that come again however often the workers are started.
 MISTAKES = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError)
 
@@ -237,11 +239,11 @@ def _judge(run: Path, error: TrainingFailedError) -> _Lost:
             raise TrainingError(f"{run.name}: a worker failed: {type(cause).__name__}: {cause}") from error
     if type(of_controller).__name__ == "WorkerGroupStartupTimeoutError":  # Ray 2.60 keeps the class to itself
         return _Lost("no room for all workers", is_taken=True)
-    # A rank that lost its peer fails too; the one that was lost says why.
-    dead = {rank: cause for rank, cause in of_ranks.items() if "health check" in str(cause)} or of_ranks
-    why = str(next(iter(dead.values()), error)).strip().rpartition("\n")[2]
-    which = f"worker {min(dead)} of {run.name}" if dead else "a worker"
-    return _Lost(f"{which} was lost ({why.partition(' Some common causes')[0][:300]})")
+    # A rank that lost its peer fails too; the one that was lost says why, if Ray knows of it already.
+    dead = {rank: cause for rank, cause in of_ranks.items() if "health check" in str(cause)}
+    why = str(next(iter((dead or of_ranks).values()), error)).strip().rpartition("\n")[2]
+    which = f"worker {min(dead)} of {run.name}" if dead else f"a worker of {run.name}"
+    return _Lost(f"{which} was lost ({GUESSES.split(why)[0][:300]})")
 
 
 def _ours(error: BaseException | None) -> UlmError | None:

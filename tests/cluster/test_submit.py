@@ -80,6 +80,28 @@ def test_ray_job_submit_and_ulm_submit_train_and_show_in_the_dashboard(root: Pat
     assert sum("pipelines.train.job" in entry["entrypoint"] for entry in shown.values()) == 2
 
 
+def test_a_submitted_job_whose_run_is_cancelled_saves_and_ends_with_143(root: Path, dashboard: str) -> None:
+    from ray.job_submission import JobSubmissionClient
+
+    sets = ["corpus=tiny", "name=long", "train={steps: 1000000, batch_tokens: 256, context_tokens: 64, compile: false}"]
+    words = [part for value in sets for part in ("--set", value)]
+    found = run("ulm", "submit", "train", "pipelines/recipes/train-nano.yaml", *words, "--address", dashboard)
+    assert found.returncode == 0, found.stdout + found.stderr
+    job, client = json.loads(found.stdout.splitlines()[-1])["job"], JobSubmissionClient(dashboard)
+    metrics = root / "runs" / "long" / "metrics.jsonl"
+    while not metrics.is_file() or not metrics.read_text():
+        assert not client.get_job_status(job).is_terminal(), client.get_job_logs(job)
+        time.sleep(0.5)
+    found = run("ulm", "runs", "cancel", "long")
+    assert found.returncode == 0, found.stderr
+    cancelled = json.loads(found.stdout.splitlines()[-1])
+    assert cancelled["status"] == "interrupted" and Path(cancelled["checkpoint"], "manifest.json").is_file()
+    while not client.get_job_status(job).is_terminal():
+        time.sleep(0.5)
+    assert client.get_job_info(job).driver_exit_code == 143
+    assert json.loads(client.get_job_logs(job).splitlines()[-1])["status"] == "interrupted"
+
+
 def token() -> dict[str, str]:
     """Ray's own token where it asks for one."""
     path = Path("~/.ray/auth_token").expanduser()

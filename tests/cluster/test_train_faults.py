@@ -301,8 +301,9 @@ def test_when_a_node_is_lost_the_run_goes_on_with_fewer_workers_on_the_same_batc
         "2 workers",
         "1 worker",
     ]
-    (restart,) = told(shrunk, "restart")
-    assert restart.text.endswith("; starting again from here with 1 worker") and restart.step >= lost[0] >= 20
+    restarts = told(shrunk, "restart")  # twice where Ray takes the node for alive at first
+    assert restarts[-1].text.endswith("; starting again from here with 1 worker")
+    assert all(restart.step >= lost[0] >= 20 for restart in restarts)
     assert column(shrunk, "step") == list(range(1, 151))
     assert column(shrunk, "batch_digest") == column(undisturbed[1], "batch_digest")
     assert column(shrunk, "loss") == pytest.approx(column(undisturbed[1], "loss"), abs=SUM_ORDER)
