@@ -29,6 +29,7 @@ from ulm.models.decoder import build
 from ulm.recipes.train import TrainRecipe
 
 MEASURE_S = 1.5  # a trial that is likely to take longer is made with fewer rows
+LONGEST_S = 6.0  # a row that is likely to take longer is not tried
 USUAL_MFU = 0.4  # share of the peak that training reaches where not even one row can be tried
 COMPILED_SHARE = {"cpu": 0.96, "cuda": 0.5}  # of the eager time that a compiled model takes; see update.py
 OPTIMAL_TOKENS = 20  # per parameter: the least loss for the operations spent (Chinchilla, arXiv 2203.15556)
@@ -66,7 +67,7 @@ def plan(recipe: TrainRecipe, *, root: Path, near: Path | None = None) -> dict[s
     with all_cores():
         trial = _Trial(mine, rows, device, flops_per_token, peak_flops)
         step_s, measured = trial.step_s()
-    step_s *= COMPILED_SHARE[device.type] if compiled else 1.0
+    step_s *= COMPILED_SHARE[device.type] if compiled and measured else 1.0
     side_by_side = min(workers, torch.cuda.device_count()) if device.type == "cuda" else 1  # CPUs are shared out
     step_s *= workers / side_by_side
     _, done = folder.newest_step(task)
@@ -151,7 +152,7 @@ class _Trial:
         self._task, self._rows, self._device = task, rows, device
         usual_row_s = flops_per_token * task.spec.context_tokens / (USUAL_MFU * peak_flops)
         self._usual_step_s = task.rows_per_batch * usual_row_s
-        can_try = int(MEASURE_S / usual_row_s)
+        can_try = int(MEASURE_S / usual_row_s) or int(usual_row_s < LONGEST_S)
         with nullcontext() if can_try else FakeTensorMode():
             self._model, self._optimizer = _with_optimizer(task, device)
             self._updater = Updater(task, self._model, self._optimizer, device, world_size=1)
@@ -167,8 +168,8 @@ class _Trial:
         num_rows = min(all_rows, max(self.rows_at_once, int(MEASURE_S / first_s * self.rows_at_once)))
         if self.micro_batch_rows < num_rows < all_rows:
             num_rows -= num_rows % self.micro_batch_rows
-        batch = self._batch(num_rows)
-        trial_s = min(self._timed(lambda: self._updater.update(batch, 1.0)) for _ in range(2))
+        batch, times = self._batch(num_rows), 1 if first_s > MEASURE_S else 2
+        trial_s = min(self._timed(lambda: self._updater.update(batch, 1.0)) for _ in range(times))
         if num_rows == all_rows:
             return trial_s, True
         for parameter in self._model.parameters():

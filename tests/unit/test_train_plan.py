@@ -138,6 +138,7 @@ def test_a_run_that_has_begun_is_planned_from_where_it_stands_and_a_finished_one
 
 def test_a_model_too_large_to_be_tried_is_planned_by_the_usual_share_of_the_peak(corpus, monkeypatch):
     monkeypatch.setattr(plan, "MEASURE_S", 0.0)
+    monkeypatch.setattr(plan, "LONGEST_S", 0.0)
     planned = plan.plan(recipe(), root=corpus)
     assert not planned["measured"] and planned["mfu"] == pytest.approx(plan.USUAL_MFU, rel=1e-6)
     assert planned["batch"]["micro_batch_rows"] == 12
