@@ -36,6 +36,11 @@ def prepared(recipe: Path, root: Path, *overrides: str):
     return prepare(load_recipe("train", recipe, overrides), root=root, near=recipe.parent)
 
 
+def test_a_rate_alone_is_one_for_the_usual_optimizer(recipe, root):
+    optimizer = prepared(recipe, root, "optimizer.lr=0.002").optimizer
+    assert (optimizer.kind, optimizer.lr) == ("adamw", 0.002)
+
+
 def test_stopping_early_without_keeping_the_best_is_refused(recipe, root):
     with pytest.raises(ConfigError, match=r"train\.keep_best: 0, but early_stopping ends with the best checkpoint"):
         prepared(recipe, root, "early_stopping={patience: 2}", "train.keep_best=0", "train.eval_every_steps=2")

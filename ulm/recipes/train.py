@@ -103,8 +103,10 @@ class Resources(Section):
     max_restarts: int = Field(3, ge=0)  # of lost workers, without a new checkpoint in between
 
 
-def _kind(slot: str) -> Any:
+def _kind(slot: str, default: str) -> Any:
     def check(given: Any) -> Any:
+        if isinstance(given, dict):
+            given = {"kind": default, **given}  # --set optimizer.lr=0.001
         return None if given is None else configure(slot, given).model_dump(exclude_unset=True)
 
     return check
@@ -123,7 +125,7 @@ class TrainingRecipe(Recipe):
     samples: Samples = Samples()
     log_to: tuple[Literal["wandb", "mlflow"], ...] = ()  # beside TensorBoard
 
-    check_optimizer = field_validator("optimizer", mode="before")(_kind("optimizer"))
+    check_optimizer = field_validator("optimizer", mode="before")(_kind("optimizer", "adamw"))
 
     @model_validator(mode="after")
     def _best_is_kept(self) -> Self:
@@ -146,7 +148,7 @@ class TrainRecipe(TrainingRecipe):
     schedule: dict[str, Any] = {"kind": "cosine"}
     init_from: str | None = None  # a checkpoint: weights only
 
-    check_schedule = field_validator("schedule", mode="before")(_kind("schedule"))
+    check_schedule = field_validator("schedule", mode="before")(_kind("schedule", "cosine"))
 
 
 class Evaluation(Section):
