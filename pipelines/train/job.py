@@ -145,7 +145,7 @@ def run_stages(
 def _fit(stages: tuple[Stage, ...], name: str, counts: range, resources: Resources) -> None:
     """Run the workers to the end, again where one is lost. Errors of ours come out as they were raised on a worker."""
     tasks = [task for stage in stages for task in stage.tasks]
-    failures, before, room = 0, None, _room(counts, resources)
+    failures, before, room, waits = 0, None, _room(counts, resources), False
     while (lost := _fit_once(stages, name, room)) is not None:
         reached = [folder.newest_step(task)[1] for task in tasks]
         if lost.is_taken:  # by others, or by a node that has just gone: fewer workers may find room, else wait for it
@@ -157,12 +157,16 @@ def _fit(stages: tuple[Stage, ...], name: str, counts: range, resources: Resourc
         found = _room_again(allowed, resources, tasks)
         if found is None:
             return  # it was asked to stop; what is saved is saved
-        if not lost.is_taken or found.workers != room.workers:
-            text = f"{lost.how}; starting again from here with {_workers(found.workers)}"
-            for task, step in zip(tasks, reached, strict=True):
-                if (task.folder / TASK).is_file() and not folder.is_finished(task):
-                    events.say(task.folder, step, "restart", text)
-        room = found
+        if lost.is_taken and found == room:
+            if not waits:
+                log.warning("%s: what %s would need is in use; waiting for it", name, _workers(room.workers))
+            waits = True
+            continue
+        text = f"{lost.how}; starting again from here with {_workers(found.workers)}"
+        for task, step in zip(tasks, reached, strict=True):
+            if (task.folder / TASK).is_file() and not folder.is_finished(task):
+                events.say(task.folder, step, "restart", text)
+        room, waits = found, False
 
 
 @dataclass(frozen=True)
@@ -238,7 +242,7 @@ def _judge(run: Path, error: TrainingFailedError) -> _Lost:
             log.error("%s", error)  # with the worker's traceback
             raise TrainingError(f"{run.name}: a worker failed: {type(cause).__name__}: {cause}") from error
     if type(of_controller).__name__ == "WorkerGroupStartupTimeoutError":  # Ray 2.60 keeps the class to itself
-        return _Lost("no room for all workers", is_taken=True)
+        return _Lost("there is no room for all workers now", is_taken=True)
     # A rank that lost its peer fails too; the one that was lost says why, if Ray knows of it already.
     dead = {rank: cause for rank, cause in of_ranks.items() if "health check" in str(cause)}
     why = str(next(iter((dead or of_ranks).values()), error)).strip().rpartition("\n")[2]
@@ -268,7 +272,7 @@ def _room(counts: range, resources: Resources) -> _Room:
             if sum(_fitting(node, cpus, gpus) for node in nodes) >= workers:
                 return _Room(workers, cpus, gpus)
     needs = f"{_workers(workers)} need{'s' if workers == 1 else ''} {cpus * workers:g} CPUs"
-    has = f"the cluster has {total['CPU']:g} and {total['GPU']:g}"
+    has = f"the cluster has {total['CPU']:g} and {total['GPU']:g}" + (f" on {len(nodes)} nodes" * (len(nodes) > 1))
     raise ClusterError(f"{needs} and {gpus * workers:g} GPUs, {has}; fewer train.workers, or smaller resources")
 
 

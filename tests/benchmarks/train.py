@@ -50,11 +50,20 @@ FIGURES: dict[str, Values] = {  # as report takes them
     "gpu_base_mfu": {"unit": "share of 989 TFLOP/s", "goal": ">= 0.40"},
 }
 
+FIGURES_OF = {
+    "gpu": ("gpu_base_mfu",),
+    "mini": ("mini_vs_trainer", "mini_vs_nanogpt", "mini_share_of_matmul"),
+    "ray": ("ray_vs_bare", "data_wait_share"),
+    "workers": ("two_workers_vs_one",),
+    "shakespeare": ("shakespeare_loss", "shakespeare_fast_gain"),
+    "wikitext2": ("wikitext2_bits_per_byte",),
+}
+
 
 def main() -> None:
     """All figures of the group."""
     measures: dict[str, Callable[[Path, int, bool], None]] = {
-        "mini": mini, "ray": ray, "workers": workers, "shakespeare": shakespeare, "wikitext2": wikitext2, "gpu": gpu,
+        "gpu": gpu, "mini": mini, "ray": ray, "workers": workers, "shakespeare": shakespeare, "wikitext2": wikitext2,
     }  # fmt: skip
     options = argparse.ArgumentParser()
     options.add_argument("--device", default=None, help="cuda adds the GPU's figures")
@@ -72,7 +81,11 @@ def main() -> None:
                 place.mkdir()
                 if name != "gpu":
                     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])  # children inherit it
-                measure(place, chosen.runs, chosen.full)
+                try:
+                    measure(place, chosen.runs, chosen.full)
+                except Failed as error:
+                    for figure in FIGURES_OF[name]:
+                        _report(figure, [], note=f"a run of ours failed: {error}")
 
 
 def _is_due(name: str, device: str | None, full: bool) -> bool:
@@ -156,14 +169,11 @@ class Steps:
         return f"{self.dtype} {how}, {self.rows // self.micro_rows} x {self.micro_rows} rows"
 
 
-# The first was the fastest of them on two cores without native bfloat16; --full tries them anew.
-TRIALS = (
-    Steps(),
-    Steps(micro_rows=1),
-    Steps(compile=False),
-    Steps(dtype="bfloat16"),
-    Steps(dtype="bfloat16", compile=False),
-)
+def _trials(usual: Steps) -> list[Steps]:
+    """The settings that a peer may be fastest with."""
+    other = replace(usual, dtype="bfloat16" if usual.dtype == "float32" else "float32")
+    eager = [replace(steps, compile=False) for steps in (usual, other)]
+    return [usual, replace(usual, micro_rows=1), other, *eager]
 
 
 def mini(place: Path, runs: int, full: bool) -> None:
@@ -190,10 +200,10 @@ def mini(place: Path, runs: int, full: bool) -> None:
         peers["mini_vs_trainer"] = lambda steps: peer(PEERS, "_trainer_peer.py", steps)
     else:
         _report("mini_vs_trainer", [], note=f"no {PEERS}: `make peers` makes it")
+    usual = Steps(dtype=runtime.precision("auto", runtime.device("cpu")))  # what ours has, too
     best, said = {}, {}
     for figure, run in peers.items():
-        best[figure], said[figure] = _fastest(run, TRIALS if full else TRIALS[:1])
-    usual = Steps()
+        best[figure], said[figure] = _fastest(run, _trials(usual) if full else [usual])
     train = {"steps": usual.steps, "batch_tokens": usual.rows * spec.context_tokens, "compile": True}
     recipe = _recipe(place, "mini", {"corpus": "library", "model": "mini", "train": train})
     ours, theirs = [], {figure: [] for figure in peers}
@@ -213,7 +223,7 @@ def mini(place: Path, runs: int, full: bool) -> None:
             _report(figure, [], note=said[figure])
             continue
         note = f"{sizes['parameters']:,} parameters, the peer {found[0]['parameters']:,}; both {usual.rows} rows of "
-        note += f"{spec.context_tokens:,} a step, float32 compiled; the peer's settings: {said[figure]}"
+        note += f"{spec.context_tokens:,} a step; ours {usual.dtype} compiled; the peer: {said[figure]}"
         _report(figure, speeds, [line["tokens_per_second"] for line in found], note)
     fastest = [max(rates.values()) for rates in products]
     gigaflops = {dtype: statistics.median(rates[dtype] for rates in products) / 1e9 for dtype in products[0]}
@@ -227,7 +237,7 @@ def mini(place: Path, runs: int, full: bool) -> None:
 def _fastest(run: Callable[[Steps], Values], trials: Sequence[Steps]) -> tuple[Steps, str]:
     """The settings with the most tokens per second, and what was seen of all of them; a single one is not tried."""
     if len(trials) == 1:
-        return trials[0], f"{trials[0]}, the fastest of those that --full tries"
+        return trials[0], f"{trials[0]}; --full tries others first"
     speeds: dict[Steps, float] = {}
     failed: list[str] = []
     for steps in trials:
@@ -332,7 +342,7 @@ def shakespeare(place: Path, runs: int, full: bool) -> None:
     overlap, every character is scored once, <|endoftext|> is not (as val_loss it would be one target of 111,541).
     """
     if (why_not := _built(place, "shakespeare")) is not None:
-        for figure in ("shakespeare_loss", "shakespeare_fast_gain"):
+        for figure in FIGURES_OF["shakespeare"]:
             _report(figure, [], note=why_not)
         return
     plain, fast = (RECIPES / f"train-shakespeare{kind}.yaml" for kind in ("", "-fast"))

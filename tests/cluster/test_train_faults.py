@@ -170,7 +170,8 @@ def test_killed_workers_are_replaced_and_the_run_ends_as_if_nothing_had_happened
     is_as_if_nothing_had_happened(killed, undisturbed[2])
 
 
-@pytest.mark.parametrize("which", ["the other", pytest.param("rank 0", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["the other", "rank 0"])
 def test_a_worker_that_is_stuck_is_replaced(nodes, task, undisturbed, monkeypatch, which):
     """Stopped, it keeps its connections and answers nobody."""
     monkeypatch.setattr(job, "STUCK_AFTER_S", 6.0)
@@ -189,6 +190,7 @@ def test_a_worker_that_is_stuck_is_replaced(nodes, task, undisturbed, monkeypatc
     assert stopped[0] not in training_workers()
 
 
+@pytest.mark.slow
 def test_workers_lost_again_and_again_without_a_new_checkpoint_end_the_run(task, monkeypatch):
     """Two losses in a row at one step are allowed; each new checkpoint allows two more."""
     fragile = task("fragile")
@@ -378,6 +380,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_line_and_with_room_it_goes_on(
     assert column(filled, "batch_digest") == column(undisturbed[1], "batch_digest")[:60]
 
 
+@pytest.mark.slow
 def test_a_disk_too_full_for_one_more_line_ends_the_run_the_same_way(nodes, small_disk, undisturbed):
     full, filler = task_in(small_disk, "full"), []
 
@@ -445,6 +448,7 @@ def test_a_damaged_older_checkpoint_does_not_stop_a_run(task):
     assert train(damaged).step == 12
 
 
+@pytest.mark.slow
 def test_with_two_workers_all_damaged_checkpoints_are_set_aside_once_and_it_begins_anew(nodes, task):
     whole, ruined = task("two", **SHORT), stopped_after(task("ruined", **SHORT), 8)
     train_by(whole, 2)
