@@ -57,7 +57,7 @@ def ray_cluster() -> Iterator[Any]:
 @pytest.fixture
 def task(root: Path) -> Callable[..., TrainTask]:
     written_corpus(root, {"train": TEXTS[10:], "val": TEXTS[:10]})
-    fields = {"steps": 8, "batch_tokens": 512, "context_tokens": 64, "precision": "float32"}
+    fields = {"steps": 8, "batch_tokens": 512, "context_tokens": 64, "precision": "float32", "compile": False}
     whole = resolve(validate(TrainRecipe, {"name": "a", "corpus": "written", "train": fields}), root=root)
 
     def make(name: str, **changes: Any) -> TrainTask:
