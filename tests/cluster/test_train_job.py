@@ -126,23 +126,26 @@ def test_one_group_of_workers_trains_a_seed_together_and_its_branches_side_by_si
 
 def test_while_it_trains_its_metrics_are_exported_and_a_request_to_stop_saves(ray_cluster, task):
     endless, pages = task("endless", num_steps=1_000_000, eval_every_steps=10), []
+    declared = {f"ray_{name}" for name in METRICS if name.startswith("ulm_train_")}
+    started = time.monotonic()
+
+    def series() -> list[str]:
+        return [line for line in pages[-1].splitlines() if line.startswith("ray_ulm_train") and 'run="endless"' in line]
 
     def look(step: int, num_steps: int, line: dict[str, Any]) -> None:
         if step % 20 == 0:
             pages.append(metrics_page(ray_cluster))
-            if 'run="endless"' in pages[-1] and "ray_ulm_train_val_loss{" in pages[-1]:
+            if {text.partition("{")[0] for text in series()} >= declared or time.monotonic() - started > 120:
                 request_stop(endless.folder)
 
     line = job.run_task(endless, resources=ONE_CPU, on_progress=look)
     assert line["status"] == "interrupted"
     assert line["checkpoint"] == str(endless.folder / f"step-{line['step']:08d}")
     assert figures(endless, "step") == list(range(1, line["step"] + 1))
-    series = [text for text in pages[-1].splitlines() if text.startswith("ray_ulm_train") and 'run="endless"' in text]
-    declared = {f"ray_{name}" for name in METRICS if name.startswith("ulm_train_")}
-    assert {text.partition("{")[0] for text in series} == declared
+    assert {text.partition("{")[0] for text in series()} == declared
     assert "ray_ulm_memory_resident_bytes{" in pages[-1]
-    assert any("ray_ulm_train_events_total{" in text and 'kind="start"' in text for text in series)
-    assert all('model="96x3"' in text for text in series)
+    assert any("ray_ulm_train_events_total{" in text and 'kind="start"' in text for text in series())
+    assert all('model="96x3"' in text for text in series())
     assert not (endless.folder / "stop").exists()
 
 
