@@ -15,7 +15,7 @@ STAMP := $(VENV)/.stamp-$(HASH)$(if $(NO_VLLM),-no-vllm)
 # What `ulm bench corpus` and `train` compare with; in a place of its own, for it wants other versions of what we use.
 PEERS := .venv-peers
 
-.PHONY: help setup demo test test-all lint bench peers clean
+.PHONY: help setup demo test test-all .tests .test-quick .test-with-ray lint bench peers clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -44,14 +44,23 @@ $(STAMP):
 demo: setup ## the whole path on a small corpus: build, train a swarm, serve it, ask it
 	$(VENV)/bin/ulm demo
 
-# Quick tests first, so that a plain mistake shows early.
-TESTS = $(wildcard $(addprefix tests/,unit contracts numerics architecture cluster serving))
+# Tests with Ray mostly wait for processes to start, so the quick ones run beside them; only their dots mix.
+QUICK = $(wildcard $(addprefix tests/,unit contracts numerics architecture))
+WITH_RAY = $(wildcard $(addprefix tests/,cluster serving))
+CHOSEN =
 
-test: setup ## every test that is not marked slow
-	$(VENV)/bin/python -m pytest -m "not slow" $(TESTS)
+test: CHOSEN = -m "not slow"
+test: .tests ## every test that is not marked slow
+test-all: .tests ## every test, soaks and repeated kills too
 
-test-all: setup ## every test, soaks and repeated kills too
-	$(VENV)/bin/python -m pytest $(TESTS)
+.tests: setup
+	@$(MAKE) --no-print-directory --jobs=2 CHOSEN='$(CHOSEN)' .test-quick .test-with-ray
+
+.test-quick:
+	$(VENV)/bin/python -m pytest -q $(CHOSEN) $(QUICK)
+
+.test-with-ray:
+	$(VENV)/bin/python -m pytest -q $(CHOSEN) $(WITH_RAY)
 
 lint: setup ## ruff, mypy and the import rules
 	$(VENV)/bin/ruff check

@@ -194,6 +194,7 @@ def _fit_once(stages: tuple[Stage, ...], name: str, room: _Room) -> _Lost | None
     """Run the workers until they end: None when they are done. Errors of ours, and mistakes in our code, are raised."""
     runs = stages[0].tasks[0].folder.parent
     runtime.set_variable("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", CONTROLLER_POLL_S)
+    runtime.set_variable("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # of cloud machines; an actor that takes CPU time
     runtime.set_variable("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{START_WAIT_S:g}", keep=False)
     for stuck in ("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "RAY_TRAIN_COLLECTIVE_TIMEOUT_S"):
         runtime.set_variable(stuck, f"{STUCK_AFTER_S:g}", keep=False)

@@ -237,7 +237,8 @@ def test_when_the_driver_is_killed_its_workers_end_and_the_same_command_goes_on(
     is_as_if_nothing_had_happened(task("driven"), undisturbed[1])
 
 
-@pytest.mark.parametrize("where", ["on a cluster", pytest.param("by itself", marks=pytest.mark.slow)])
+@pytest.mark.slow  # make test has Ctrl-C in test_interrupts, SIGTERM without Ray in test_runs_cli
+@pytest.mark.parametrize("where", ["on a cluster", "by itself"])
 def test_sigterm_saves_ends_with_143_and_the_same_command_ends_as_if_nothing_had_happened(
     nodes, home, task, undisturbed, where
 ):
