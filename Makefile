@@ -44,6 +44,8 @@ $(STAMP):
 demo: setup ## the whole path on a small corpus: build, train a swarm, serve it, ask it
 	$(VENV)/bin/ulm demo
 
+# GOMP_SPINCOUNT: as the command line sets it (ulm/runtime.py).
+export GOMP_SPINCOUNT ?= 20000
 # Tests with Ray mostly wait for processes to start, so the quick ones run beside them; only their dots mix.
 QUICK = $(wildcard $(addprefix tests/,unit contracts numerics architecture))
 WITH_RAY = $(wildcard $(addprefix tests/,cluster serving))

@@ -37,6 +37,15 @@ def set_variable(name: str, value: str, *, keep: bool = True) -> None:
         os.environ[name] = value
 
 
+def spare_cores() -> None:
+    """Let threads of a parallel sum wait asleep after a short while; before torch is imported, for child processes too.
+
+    By default GNU's OpenMP spins for milliseconds. With one other busy process on two cores that took nano from 11,000
+    tokens/s to 4,400; after 20,000 turns (tens of microseconds) nothing is lost, busy or not (docs/experiments.md).
+    """
+    set_variable("GOMP_SPINCOUNT", "20000")
+
+
 def environment() -> dict[str, str]:
     """A copy of the environment, for a child process."""
     return dict(os.environ)
@@ -45,6 +54,12 @@ def environment() -> dict[str, str]:
 def num_cpus() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def num_threads() -> int:
+    """Threads for one process that has the machine to itself: OMP_NUM_THREADS where the user set it, else the cores."""
+    given = variable("OMP_NUM_THREADS") or ""
+    return int(given) if given.isdecimal() and int(given) else num_cpus()
 
 
 def rss_bytes() -> int:

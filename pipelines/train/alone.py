@@ -84,7 +84,7 @@ def _train(
 def all_cores() -> Iterator[None]:
     """As many threads in the block as this process has cores."""
     before = torch.get_num_threads()
-    torch.set_num_threads(runtime.num_cpus())
+    torch.set_num_threads(runtime.num_threads())
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from ulm import __version__
+from ulm import __version__, runtime
 from ulm.cli import bench, console, corpus, demo, gc, jobs, models, runs, serve, swarm, train
 
 app = typer.Typer(
@@ -39,6 +39,7 @@ for module in (demo, corpus, train, swarm, models, serve, jobs, runs, gc, bench)
 
 def main() -> None:
     """The console script."""
+    runtime.spare_cores()
     sys.exit(console.run(lambda: app(standalone_mode=True)))
 
 
