@@ -85,7 +85,7 @@ def fitted(asked: float, make: Make, *, width: Any = None) -> ModelSpec:
     """
     shapes: list[_Shape] = []
     refused: list[ConfigError] = []
-    fixed = [width] if isinstance(width, int) and width > 0 else []  # another value is refused where a spec is made
+    fixed = [width] if isinstance(width, int) and 0 < width <= 2**17 else []  # others a spec refuses
     for heads_to_a_step in (2, 1):  # even numbers of heads first: they leave half as many of keys and values
         for d_model in fixed or _widths(asked, heads_to_a_step):
             try:

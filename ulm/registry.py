@@ -34,7 +34,7 @@ C = TypeVar("C", bound=type)
 class KindConfig(BaseModel):
     """What one kind alone can vary. Subclasses add fields with defaults; `kind` names the file they live in."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: str
 

@@ -26,10 +26,10 @@ class ModelSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = "decoder"  # a file in ulm/models
-    vocab_size: int = Field(DEFAULT_VOCAB_SIZE, ge=2)  # the tokenizer's true size
-    context_tokens: int = Field(256, ge=2)  # the longest text it is trained and served on
-    d_model: int = Field(ge=8)
-    num_layers: int = Field(ge=1)
+    vocab_size: int = Field(DEFAULT_VOCAB_SIZE, ge=2, le=2**24)  # the tokenizer's true size
+    context_tokens: int = Field(256, ge=2, le=2**24)  # the longest text it is trained and served on
+    d_model: int = Field(ge=8, le=2**17)
+    num_layers: int = Field(ge=1, le=10_000)
     embedding: SerializeAsAny[KindConfig]
     position: SerializeAsAny[KindConfig]
     attention: SerializeAsAny[KindConfig]

@@ -36,7 +36,7 @@ def run(
 
     SIGTERM and Ctrl-C save and stop. ConfigError where the recipe allows no single worker.
     """
-    check_alone(recipe)
+    recipe = alone(recipe)
     task = task or prepare(recipe, root=root, near=near)
     with full_disk_told(task.folder):
         folder.write_recipe(task, recipe)
@@ -46,11 +46,12 @@ def run(
     return folder.last_line(task)
 
 
-def check_alone(recipe: TrainRecipe) -> None:
-    """ConfigError where the recipe wants more workers than the one that there is without Ray."""
+def alone(recipe: TrainRecipe) -> TrainRecipe:
+    """The recipe for one worker; ConfigError where it wants more than the one that there is without Ray."""
     if 1 not in recipe.train.worker_counts:
         problem = f"at least {min(recipe.train.worker_counts)} workers are asked for, without Ray there is one"
         raise ConfigError("train.workers", problem, "1, or install Ray and leave --no-ray out")
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"workers": 1})})
 
 
 def _train(
@@ -73,7 +74,7 @@ def _train(
     with folder.held(task):  # no other process is at it, which this would disturb
         stop.unlink(missing_ok=True)  # asked of a driver that was killed before it could heed it
     try:
-        with stopping([task.folder]), all_cores():
+        with stopping([task.folder], on_event), all_cores():
             train(task, on_step=tell_step, should_stop=stop.exists)
     finally:
         tell_events()

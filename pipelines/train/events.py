@@ -35,7 +35,7 @@ def say(folder: Path, step: int, kind: str, text: str) -> None:
     log.log(logging.INFO if kind in QUIET else logging.WARNING, "%s: step %d: %s", folder.name, step, text)
 
 
-QUIET = ("start", "resume", "end")
+QUIET = ("start", "resume", "end", "stop")
 
 
 def read(folder: Path) -> Iterator[Event]:
@@ -70,6 +70,8 @@ class EventTail:
 def _parse(data: bytes) -> Iterator[Event]:
     for line in data.splitlines():
         try:
-            yield Event(**json.loads(line))
-        except (ValueError, TypeError):
+            event = Event(**json.loads(line))
+        except (ValueError, TypeError, RecursionError):
             continue
+        if isinstance(event.time, int | float) and isinstance(event.step, int):
+            yield event

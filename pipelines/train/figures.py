@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TextIO
 
+from pipelines.train import events
 from ulm import artefacts
 
 FILE = "metrics.jsonl"
@@ -44,6 +45,9 @@ class MetricsFile:
     def __init__(self, folder: Path, last_step: int) -> None:
         path = folder / FILE
         kept = [line for line in read(folder) if line["step"] <= last_step]
+        num_lines = path.read_bytes().count(b"\n") if path.is_file() else 0
+        if unreadable := num_lines - sum(1 for _ in read(folder)):
+            events.say(folder, last_step, "damaged", f"{unreadable} lines of {FILE} cannot be read and are left out")
         artefacts.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file: TextIO = path.open("a", encoding="utf-8")
 
@@ -60,15 +64,21 @@ class MetricsFile:
 
 
 def read(folder: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line that a kill cut short is left out."""
+    """The lines of a run's metrics.jsonl; one that a kill cut short, or that is damaged, is left out."""
     path = folder / FILE
-    if not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            return
+    if path.is_file():
+        yield from (found for line in path.read_bytes().splitlines() if (found := parsed(line)) is not None)
+
+
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None where it is none."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    numbers = ("step", "loss", "tokens_per_second", "step_tokens")
+    is_line = isinstance(found, dict) and all(isinstance(found.get(key), int | float) for key in numbers)
+    return found if is_line else None
 
 
 class Tail:
@@ -83,12 +93,13 @@ class Tail:
         if not self._path.is_file():
             return []
         with self._path.open("rb") as file:
-            if (file_id := os.fstat(file.fileno()).st_ino) != self._file_id:  # a resume has replaced the file
-                self._file_id, self._offset = file_id, 0
+            now = os.fstat(file.fileno())
+            if now.st_ino != self._file_id or now.st_size < self._offset:  # a resume has replaced the file
+                self._file_id, self._offset = now.st_ino, 0
             file.seek(self._offset)
             whole, newline, _ = file.read().rpartition(b"\n")
         self._offset += len(whole) + len(newline)
-        lines = [json.loads(line) for line in whole.splitlines()]
+        lines = [line for text in whole.splitlines() if (line := parsed(text)) is not None]
         new = [line for line in lines if line["step"] > self._last_step]
         self._last_step = max([self._last_step, *(line["step"] for line in new)])
         return new

@@ -23,6 +23,7 @@ from ulm.recipes.train import TrainingRecipe
 LOG = "log"  # what the run's first worker logs
 MODEL = "model.json"  # the size of the model, for who lists runs and has no torch to count with
 LOCK_WAIT_S = 60.0
+log = logging.getLogger(__name__)
 
 
 def check(task: TrainTask) -> None:
@@ -62,8 +63,9 @@ def check_workers(task: TrainTask, counts: range) -> None:
     for workers in counts:
         if task.rows_per_batch % workers:
             problem = f"{workers} workers cannot share the {task.rows_per_batch} rows of a global batch equally"
-            fitting = [n for n in range(1, max(counts) + 1) if task.rows_per_batch % n == 0]
-            remedy = f"{' or '.join(map(str, fitting))}, or another batch_tokens (rows x context_tokens)"
+            fitting = [n for n in range(1, min(task.rows_per_batch, counts[-1]) + 1) if task.rows_per_batch % n == 0]
+            batch_tokens = -(-task.rows_per_batch // workers) * workers * task.spec.context_tokens
+            remedy = f"{' or '.join(map(str, fitting))}, or train.batch_tokens {batch_tokens}"
             raise ConfigError("train.workers", problem, remedy)
 
 
@@ -79,10 +81,21 @@ def write_recipe(task: TrainTask, recipe: TrainingRecipe) -> None:
     Of a run that goes on with a corpus that has grown, only the corpus is changed.
     """
     path = task.folder / "recipe.yaml"
-    before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    has_begun = (task.folder / TASK).is_file()  # else the file may be of a start that was refused
+    before = _yaml(path) if path.is_file() and has_begun else None
     fields = {**(before or recipe.model_dump(mode="json", exclude_unset=True)), "corpus": task.corpus.name}
     if before is None or (before != fields and not is_finished(task)):
         artefacts.write_text(path, yaml.safe_dump(fields, sort_keys=False))
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ArtefactError(f"{path}: is no recipe; remove it, and the next start writes it anew")
+    return found
 
 
 def newest_step(task: TrainTask) -> tuple[Path | None, int]:
@@ -114,8 +127,12 @@ def held(task: TrainTask) -> Iterator[None]:
     """
     task.folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        deadline_s = time.monotonic() + LOCK_WAIT_S
+        deadline_s, has_told = time.monotonic() + LOCK_WAIT_S, False
         while not stack.enter_context(artefacts.try_lock(task.folder)):
+            if not has_told:
+                how = f"`ulm runs show {task.run}` shows it, `ulm runs cancel {task.run}` ends it"
+                log.warning("%s: another process is training this run; waiting up to a minute; %s", task.run, how)
+                has_told = True
             if time.monotonic() > deadline_s:
                 problem = f"{task.run}: another process is training this run"
                 raise ClusterError(f"{problem}; wait for it, or end it with `ulm runs cancel {task.run}`")
@@ -146,7 +163,8 @@ def failure_told(tasks: Sequence[TrainTask]) -> Iterator[None]:
             with suppress(OSError):  # the disk may be full, and the error says so
                 for task in open_runs:
                     events.say(task.folder, newest_step(task)[1], events.FAILED, str(error) or repr(error))
-                    report.write(task.folder)
+                    with suppress(Exception):  # a report of odd files must not hide the error that ended the run
+                        report.write(task.folder)
         raise
 
 

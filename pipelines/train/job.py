@@ -135,7 +135,7 @@ def run_stages(
         for task in tasks:
             with folder.held(task):  # no other process is at it, which this would disturb
                 (task.folder / STOP).unlink(missing_ok=True)
-        with stopping([task.folder for task in tasks]), folder.failure_told(tasks):
+        with stopping([task.folder for task in tasks], on_event), folder.failure_told(tasks):
             _watched(lambda: _fit(tuple(stages), name, counts, resources), tasks, on_progress, on_event)
         for task in tasks:
             (task.folder / STOP).unlink(missing_ok=True)
@@ -272,7 +272,7 @@ def _room(counts: range, resources: Resources) -> _Room:
         for cpus in [resources.cpus_per_worker] if resources.cpus_per_worker else [*shares, 1.0]:
             if sum(_fitting(node, cpus, gpus) for node in nodes) >= workers:
                 return _Room(workers, cpus, gpus)
-    needs = f"{_workers(workers)} need{'s' if workers == 1 else ''} {cpus * workers:g} CPUs"
+    needs = f"train.workers: {_workers(workers)} need{'s' if workers == 1 else ''} {cpus * workers:g} CPUs"
     has = f"the cluster has {total['CPU']:g} and {total['GPU']:g}" + (f" on {len(nodes)} nodes" * (len(nodes) > 1))
     raise ClusterError(f"{needs} and {gpus * workers:g} GPUs, {has}; fewer train.workers, or smaller resources")
 

@@ -37,8 +37,9 @@ def recorded(folder: Path) -> tuple[dict[str, Any], tuple[Leg, ...]] | None:
         return None
     try:
         identity = json.loads(path.read_text(encoding="utf-8"))
-        return identity, tuple(Leg(**leg) for leg in identity.pop("legs"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        first, *more = (Leg(**leg) for leg in identity.pop("legs"))
+        return identity, (first, *more)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         remedy = "remove the folder, or give the recipe another name"
         raise ArtefactError(f"{path}: does not say what the run is: {error!r}; {remedy}") from None
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -28,9 +29,11 @@ from pipelines.train.task import TrainTask
 from pipelines.train.trackers import Trackers
 from ulm import registry, runtime
 from ulm.checkpoints import store
-from ulm.errors import TrainingError
+from ulm.errors import TrainingError, UlmError
 from ulm.models.account import train_flops_per_token
 
+LOG_EVERY_S = 30.0  # at most, but for evaluations
+log = logging.getLogger(__name__)
 SMALLEST_SCALE = 1e-4  # of a float16 loss; below, it is the model that is not finite, not the format
 
 
@@ -134,7 +137,7 @@ def _train_on(run: Run, edges: Edges) -> Result:
         metrics = stack.enter_context(MetricsFile(task.folder, run.step)) if is_first else None
         trackers = stack.enter_context(Trackers(task)) if is_first else None
         stopped = run.add_over_ranks(torch.tensor(float(edges.should_stop()), device=run.device)).item() > 0
-        clock = time.perf_counter()
+        clock = logged_s = time.perf_counter()
         while run.step < task.num_steps and not run.ended and not stopped:
             step, asked = _update(run, feed, edges)
             seconds = time.perf_counter() - clock  # since the step before ended: data, logging and Ray included
@@ -151,21 +154,36 @@ def _train_on(run: Run, edges: Edges) -> Result:
                 )
                 metrics.write(figures)
                 trackers.step(figures)
+                logged_s = _log(run, figures, logged_s)
                 edges.on_step(figures)
             stopped = asked.stop and run.step < task.num_steps and not run.ended
             if asked.saved is not None:
                 edges.on_checkpoint(asked.saved)
-            sampled = is_first and _sample(run, trackers, evaluated=bool(held_out))
             is_last = stopped or run.step == task.num_steps or run.ended is not None
             due = _due(run.step, task.train.checkpoint_every_steps) or asked.save
             if is_last or due or (is_best and task.train.keep_best > 0):
+                run.check_weights()
                 run.save(held_out.get("val_loss"))
+            sampled = is_first and _sample(run, trackers, evaluated=bool(held_out))
             clock = time.perf_counter() if held_out or sampled else clock + seconds
         run.saver.wait()
         saved = run.saver.done()
+        if stopped and is_first:
+            run.say("stop", "ended as it was asked to; the same command goes on from here")
     if step_saved := run.agree(store.step_of(saved) if saved else 0):  # when this returns it is whole for all ranks
         edges.on_checkpoint(store.step_folder(task.folder, step_saved))
     return Result(run.step, store.newest(task.folder), stopped)
+
+
+def _log(run: Run, figures: StepFigures, logged_s: float) -> float:
+    """A line for `ulm runs logs`: of the last step, of an evaluation, else now and then. When one was last written."""
+    now_s = time.perf_counter()
+    if now_s - logged_s < LOG_EVERY_S and figures.val_loss is None and figures.step < run.task.num_steps:
+        return logged_s
+    found = f"step {figures.step:,} of {run.task.num_steps:,}: loss {figures.loss:.4f}"
+    found += "" if figures.val_loss is None else f", val_loss {figures.val_loss:.4f}"
+    log.info("%s: %s, %.0f tokens/s", run.task.run, found, figures.tokens_per_second)
+    return now_s
 
 
 @dataclass(frozen=True)
@@ -254,9 +272,12 @@ def _sample(run: Run, trackers: Trackers | None, *, evaluated: bool) -> bool:
     due = evaluated if config.every_steps is None else _due(run.step, config.every_steps)
     if not due or not config.prompts or trackers is None:
         return False
-    with run.served_weights(), eagerly(run):
-        for sample in samples.write(run.task, run.step, run.model, run.rows.corpus.tokenizer):
-            trackers.sample(sample)
+    try:
+        with run.served_weights(), eagerly(run):
+            for sample in samples.write(run.task, run.step, run.model, run.rows.corpus.tokenizer):
+                trackers.sample(sample)
+    except UlmError as error:  # text to look at is no reason to lose steps
+        run.say("samples", f"no samples: {error}")
     return True
 
 

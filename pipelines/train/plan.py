@@ -233,13 +233,12 @@ def _free_bytes(device: torch.device) -> int:
 def _disk(task: TrainTask, checkpoint_bytes: int) -> dict[str, int]:
     """Bytes of checkpoints: those that are kept, and the one being written before the oldest goes."""
     place = next(folder for folder in (task.folder, *task.folder.parents) if folder.is_dir())
-    whole = checkpoint_bytes + SPARE_BYTES
     kept = task.train.keep_last + task.train.keep_best
     held = sum(f.stat().st_size for step in store.whole_steps(task.folder) for f in step.iterdir())
     return {
-        "checkpoint": whole,
+        "checkpoint": checkpoint_bytes,
         "kept": kept,
-        "total": whole * (kept + 1),
+        "total": checkpoint_bytes * (kept + 1) + SPARE_BYTES,
         "free": shutil.disk_usage(place).free + held,
     }
 
@@ -275,5 +274,7 @@ def _remarks(found: dict[str, Any]) -> Iterator[str]:
         yield "memory is short: a smaller train.micro_batch_rows, or train.checkpoint_activations: true"
     if found["disk"]["total"] > found["disk"]["free"]:
         yield "the disk is too small for the checkpoints: a smaller train.keep_last"
+    if found["workers"] > (cores := runtime.num_cpus()) and "cuda" not in found["device"]:
+        yield f"{found['workers']} workers need as many CPUs, and this machine has {cores}: a cluster must have more"
     if not found["measured"]:
         yield f"the model is too large to be tried here: the time assumes {USUAL_MFU:.0%} of the machine's peak"

@@ -9,7 +9,8 @@ from pipelines.train import folder
 from pipelines.train.task import TrainTask, resolve
 from ulm import runtime
 from ulm.corpus.manifest import Corpus
-from ulm.errors import ConfigError
+from ulm.errors import ConfigError, UnknownCharacterError
+from ulm.models.generate import prompt_tokens
 from ulm.recipes.train import TrainRecipe
 
 log = logging.getLogger(__name__)
@@ -19,14 +20,29 @@ def prepare(recipe: TrainRecipe, *, root: Path, near: Path | None = None) -> Tra
     """The task of a recipe; ConfigError names the first field that does not fit the others, the corpus or the run."""
     task = resolve(recipe, root=root, near=near)
     folder.check_workers(task, recipe.train.worker_counts)
-    if not Corpus.open(str(task.corpus), verify=False).num_tokens("val"):
+    corpus = Corpus.open(str(task.corpus), verify=False)
+    if not corpus.num_tokens("val"):
         _check_without_val(recipe)
+    _check_prompts(recipe, corpus, task.spec.context_tokens)
     if recipe.early_stopping and recipe.train.eval_every_steps is None:
         problem = "counts evaluations, and none but the last is asked for"
         raise ConfigError("early_stopping", problem, "set train.eval_every_steps, for example 100")
     folder.check(task)
     _warn_where_slow(recipe.train.precision)
     return task
+
+
+def _check_prompts(recipe: TrainRecipe, corpus: Corpus, context_tokens: int) -> None:
+    """Each prompt for samples can be said in the corpus's tokens, and leaves room for an answer."""
+    for number, prompt in enumerate(recipe.samples.prompts):
+        place = f"samples.prompts.{number}"
+        try:
+            num_tokens = len(prompt_tokens(corpus.tokenizer, prompt))
+        except UnknownCharacterError as error:
+            raise ConfigError(place, str(error), "a prompt in the characters of the corpus") from None
+        if num_tokens >= context_tokens:
+            problem = f"{num_tokens} tokens, and the model's context is {context_tokens}"
+            raise ConfigError(place, problem, "a shorter prompt")
 
 
 def _check_without_val(recipe: TrainRecipe) -> None:

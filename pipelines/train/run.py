@@ -11,11 +11,12 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from pipelines.train import events, legs
 from pipelines.train.feed import Feed
-from pipelines.train.guard import Rollbacks, Watch
+from pipelines.train.guard import Rollbacks, Tripped, Watch
 from pipelines.train.rows import Rows
 from pipelines.train.saver import Saver
 from pipelines.train.task import TrainTask
@@ -32,16 +33,19 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Best:
-    """The lowest val_loss so far, and the evaluations since it last fell by enough."""
+    """The lowest val_loss so far, and the evaluations since it last had fallen by enough, small falls added up."""
 
     val_loss: float = float("inf")
     step: int = 0
     evaluations_since: int = 0
+    reference: float = float("inf")  # the val_loss from which a fall is counted
 
     def see(self, val_loss: float, step: int, min_improvement: float) -> bool:
         """Whether this evaluation is the best so far."""
-        improved = val_loss < self.val_loss - min_improvement
-        self.evaluations_since = 0 if improved else self.evaluations_since + 1
+        if val_loss < self.reference - min_improvement:
+            self.reference, self.evaluations_since = val_loss, 0
+        else:
+            self.evaluations_since += 1
         if is_best := val_loss < self.val_loss:
             self.val_loss, self.step = val_loss, step
         return is_best
@@ -129,15 +133,20 @@ class Run:
         found = self.agree(_newest_undamaged(self.task.folder) if self.rank == 0 else 0)
         if not found:
             return
+        settled = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         state = store.load_training(self.model, self.optimizer, store.step_folder(self.task.folder, found))
+        for group, settings in zip(self.optimizer.param_groups, settled, strict=True):
+            group.update(settings)  # rates and decays are the task's, whatever a file says
         if self.average is not None:
             served = store.read_weights(store.step_folder(self.task.folder, found))
             for name, tensor in self.average.items():
                 tensor.copy_(served[name])
         self.step, self.tokens, self.ended = state["step"], state["tokens"], state["ended"]
         self.rollbacks = Rollbacks(**state["rollbacks"])
-        if not legs.has_grown(self.rows.legs, state, store.step_folder(self.task.folder, found)):
-            self.best = Best(**{**state["best"], "val_loss": float(state["best"]["val_loss"])})  # else on another text
+        has_grown = legs.has_grown(self.rows.legs, state, store.step_folder(self.task.folder, found))
+        if not has_grown and state["eval_tokens"] == self.task.train.eval_tokens:  # else it was on another text
+            best = state["best"]
+            self.best = Best(**{**best, **{name: float(best[name]) for name in ("val_loss", "reference")}})
         self.watch.restore(state["watch"])
         if state["scaler"]:
             self.updater.scaler.load_state_dict(state["scaler"])
@@ -196,6 +205,13 @@ class Run:
                 weights[name].copy_(tensor)
             self.model.train()
 
+    def check_weights(self) -> None:
+        """Tripped where a weight is not finite; the ranks hold the same, and so agree. A checkpoint of such is none."""
+        tensors = [p.detach() for p in self.model.parameters()] + list((self.average or {}).values())
+        largest = torch.stack([norm.float() for norm in torch._foreach_norm(tensors, float("inf"))])
+        if not largest.isfinite().all():
+            raise Tripped(self.step, "weights are not finite after the update")
+
     def save(self, val_loss: float | None) -> None:
         """Take this step's training checkpoint, which rank 0 writes while training goes on."""
         if self.rank > 0:
@@ -209,7 +225,9 @@ class Run:
             "schedule": self.task.schedule.model_dump(mode="json"),
             "num_steps": self.task.num_steps,
             "rollbacks": vars(self.rollbacks).copy(),
-            "best": {**vars(self.best), "val_loss": str(self.best.val_loss)},  # may be inf, which is no JSON
+            # may be inf, which is no JSON
+            "best": {**vars(self.best), "val_loss": str(self.best.val_loss), "reference": str(self.best.reference)},
+            "eval_tokens": self.task.train.eval_tokens,
             "watch": self.watch.state(),
             "scaler": self.updater.scaler.state_dict(),
             "ended": self.ended,
@@ -251,7 +269,7 @@ def _newest_undamaged(folder: Path) -> int:
         newest = steps.pop()
         try:
             store.check(newest)
-            store.read_state(newest)
+            _check_state(store.read_state(newest), newest)
             return store.step_of(newest)
         except ArtefactError as error:
             aside = store.set_aside(newest)
@@ -259,3 +277,34 @@ def _newest_undamaged(folder: Path) -> int:
             text = f"{newest.name} is damaged, {instead}: {error}; it is kept as {aside.name}"
             events.say(folder, store.step_of(newest), "damaged", text)
     return 0
+
+
+class _State(BaseModel):
+    """What state.json must hold for a run to go on from it; the optimizer's part is read with its tensors."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    step: int
+    tokens: int
+    cursor: int
+    legs: list[dict[str, Any]]
+    rollbacks: dict[str, float | None]
+    best: dict[str, float | str]
+    watch: Any
+    scaler: dict[str, Any]
+    ended: str | None
+    eval_tokens: int | None
+    val_loss: float | None = None
+
+
+def _check_state(state: dict[str, Any], place: Path) -> None:
+    """ArtefactError where a checkpoint's state is none of ours, whatever its digest says."""
+    try:
+        found = _State.model_validate(state)
+        Rollbacks(**found.rollbacks)  # type: ignore[arg-type]
+        Best(**found.best)  # type: ignore[arg-type]
+    except (ValidationError, TypeError) as error:
+        first = str(error).splitlines()[:2]
+        raise ArtefactError(f"{place}: its state is not one to go on from: {' '.join(first)}") from None
+    if found.step != store.step_of(place):
+        raise ArtefactError(f"{place}: its state is of step {found.step}")

@@ -28,7 +28,8 @@ def of(folder: Path) -> dict[str, Any]:
     task, newest = _json(folder / TASK), checkpoints(folder)[-1:]
     lines = _newest_lines(folder)
     last = lines[-1] if lines else {}
-    num_steps = task.get("train", {}).get("steps")
+    settings = task.get("train")
+    num_steps = settings.get("steps") if isinstance(settings, dict) else None
     rates = [line["tokens_per_second"] for line in lines[-STEPS_OF_RATE:]]
     first = next(events.read(folder), None)
     return {
@@ -39,22 +40,29 @@ def of(folder: Path) -> dict[str, Any]:
         "loss": last.get("loss"),
         "bits_per_byte": _newest_bits_per_byte(folder),
         "tokens_per_second": statistics.median(rates) if rates else None,
-        "started": datetime.fromtimestamp(first.time, UTC).isoformat(timespec="seconds") if first else None,
+        "started": _utc(first.time) if first else None,
         "parameters": _json(folder / MODEL).get("parameters"),
     }
+
+
+def _utc(seconds: float) -> str | None:
+    """A time as text; None where it is beyond what a calendar holds."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+    except (OverflowError, ValueError, OSError):
+        return None
 
 
 def checkpoints(folder: Path) -> list[dict[str, Any]]:
     """Whole checkpoints of a run, oldest first: name, step, val_loss, why it ended the run early, whether it is best.
 
-    Where the run's corpus has grown, the best is of those since then: others were evaluated on another text.
+    Where the run's corpus has grown or eval_tokens has changed, the best is of those since: others are of another text.
     """
     whole = [p for p in folder.glob("step-*") if _STEP.fullmatch(p.name) and (p / "manifest.json").is_file()]
     whole.sort(key=lambda path: int(path.name.removeprefix("step-")))
     states = [_json(path / "state.json") for path in whole]
-    comparable = [
-        s["val_loss"] for s in states if s.get("val_loss") is not None and s.get("legs") == states[-1].get("legs")
-    ]
+    same = [s for s in states if all(s.get(key) == states[-1].get(key) for key in ("legs", "eval_tokens"))]
+    comparable = [s["val_loss"] for s in same if s.get("val_loss") is not None]
     found = []
     for path, state in zip(whole, states, strict=True):
         best = bool(comparable) and state.get("val_loss") == min(comparable)
@@ -83,7 +91,7 @@ def _newest_lines(folder: Path) -> list[dict[str, Any]]:
         file.seek(start)
         tail = file.read()
     lines = tail[: tail.rfind(b"\n") + 1].splitlines()[1 if start else 0 :]
-    return [json.loads(line) for line in lines]
+    return [found for line in lines if (found := figures.parsed(line)) is not None]
 
 
 def _newest_bits_per_byte(folder: Path) -> float | None:
@@ -96,14 +104,14 @@ def _newest_bits_per_byte(folder: Path) -> float | None:
         end = text.find(b"\n", at)
         if at < 0 or end < 0:
             return None
-        value: float | None = json.loads(text[text.rfind(b"\n", 0, at) + 1 : end])["bits_per_byte"]
-        return value
+        found = figures.parsed(text[text.rfind(b"\n", 0, at) + 1 : end])
+        return None if found is None else found.get("bits_per_byte")
 
 
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object; {} where there is none, or it has just been removed."""
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -5,12 +5,18 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from pipelines.train import status
+from pipelines.train.events import Event
+from ulm import artefacts
+
 STOP = "stop"  # a file in the run's folder: save and return after the step under way
+ASKED = "saving and ending after this step; Ctrl-C again ends it at once"
 log = logging.getLogger(__name__)
 
 
@@ -21,17 +27,22 @@ def request_stop(run_folder: Path) -> None:
 
 
 @contextmanager
-def stopping(run_folders: Sequence[Path]) -> Iterator[None]:
+def stopping(run_folders: Sequence[Path], on_event: Callable[[str, Event], None] | None = None) -> Iterator[None]:
     """While inside, SIGTERM and Ctrl-C ask these runs to stop; a second Ctrl-C interrupts at once.
 
-    Only the main thread of a process can catch signals; in another this does nothing.
+    `on_event` is told of it at once, for each run that is under way, else the log. Only the main thread of a process
+    can catch signals; in another this does nothing.
     """
 
     def ask(number: int, frame: FrameType | None) -> None:
         for run_folder in run_folders:
             request_stop(run_folder)
+            if on_event is not None and artefacts.is_locked(run_folder):
+                step = status.of(run_folder)["step"] or 0
+                on_event(run_folder.name, Event(time.time(), step, "stop", ASKED))
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        log.warning("saving and stopping after this step")
+        if on_event is None:
+            log.warning(ASKED)
 
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -103,6 +103,13 @@ def test_weights_for_other_tokens_are_refused_though_their_number_is_the_same(re
     assert refused.value.place == "init_from"
 
 
+def test_a_prompt_in_characters_that_the_corpus_lacks_is_refused(recipe, root):
+    texts = ["abcabcabc" * 9] * 4
+    written_corpus(root, {"train": texts, "val": texts}, name="letters", tokenizer=char_tokenizer(["a", "b", "c"]))
+    with pytest.raises(ConfigError, match=r"^samples\.prompts\.1: .*Z.*a prompt in the characters of the corpus"):
+        prepared(recipe, root, "corpus=letters", "samples.prompts=[a, Zac]")
+
+
 def test_a_run_is_not_resumed_as_another_one_and_the_error_says_what_differs(recipe, root):
     train(prepared(recipe, root))
     for override, what in [

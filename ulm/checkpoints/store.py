@@ -234,14 +234,15 @@ def read_state(folder: Path) -> dict[str, Any]:
 def best(run: Path) -> list[Path]:
     """Whole steps of a run that were saved with an evaluation, the lowest val_loss first.
 
-    Where the run's corpus has grown, only those since then: others were evaluated on another text.
+    Where the run's corpus has grown or eval_tokens has changed, only those since: others are of another text.
     """
     states = []
     for path in whole_steps(run):
         with suppress(ArtefactError):  # a damaged one is no reason to stop; it is said when a run would go on from it
             states.append((read_state(path), path))
-    legs = states[-1][0].get("legs") if states else None
-    scored = [(s["val_loss"], path) for s, path in states if "val_loss" in s and s.get("legs") == legs]
+    text = states[-1][0] if states else {}
+    same = [(s, path) for s, path in states if all(s.get(key) == text.get(key) for key in ("legs", "eval_tokens"))]
+    scored = [(s["val_loss"], path) for s, path in same if "val_loss" in s]
     return [path for _, path in sorted(scored)]
 
 

@@ -41,6 +41,10 @@ def train(
     if estimate:
         from pipelines.train.plan import plan
 
+        if no_ray:
+            from pipelines.train.alone import alone
+
+            loaded = alone(loaded)
         planned = plan(loaded, root=root, near=recipe.parent)
         console.err.print(train_tables.plan(planned))
         console.finish(planned)
@@ -67,4 +71,5 @@ def train(
             on_progress=lambda step, num_steps, figures: bars.step(loaded.name, step, num_steps, figures),
             on_event=bars.event,
         )
+    console.err.print(train_tables.ending(result, root / "runs" / loaded.name / "report.html"), soft_wrap=True)
     console.finish_job(result)

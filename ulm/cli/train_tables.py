@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -44,14 +45,21 @@ def plan(planned: dict[str, Any]) -> RenderableType:
     return Group(_pairs(rows), *(_text(f"note: {remark}", "yellow") for remark in planned["remarks"]))
 
 
+def ending(line: dict[str, Any], report: Path) -> RenderableType:
+    """What a person may do next, after `ulm train`."""
+    if line.get("status") == "interrupted":
+        return _text(f"saved as {line['checkpoint'] or 'nothing'}; the same command goes on from there", "yellow")
+    return _text(f'step {line["step"]:,} is the last; see {report}, or `ulm generate {line["run"]} "…"`', "dim")
+
+
 _MEMORY = ("weights", "gradients", "optimizer", "average", "activations", "checkpoint_copy", "program")
 
 
 def runs(found: list[dict[str, Any]]) -> RenderableType:
     """All runs, a line each, narrow enough for 80 columns."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("run", overflow="fold")
-    for title in ("status", "started (UTC)"):
+    table.add_column("run", overflow="fold", min_width=min(16, max((len(run["run"]) for run in found), default=0)))
+    for title in ("status", "started"):
         table.add_column(title, no_wrap=True)
     for title in ("size", "step", "loss", "bpb", "tok/s"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -60,7 +68,7 @@ def runs(found: list[dict[str, Any]]) -> RenderableType:
         table.add_row(
             _text(run["run"]),
             _text(run["status"], STYLES.get(run["status"], "")),
-            started[:16].replace("T", " ") if started else "-",
+            started[5:16].replace("T", " ") if started else "-",
             _size(run["parameters"]),
             f"{_number(run['step'], '')}/{_number(run['num_steps'], '')}",
             _number(run["loss"], ".3f"),

@@ -13,6 +13,7 @@ NO_TARGET = -100  # a slot that is padding: no loss, no gradient; torch's own ig
 # larger products.
 CPU_CHUNK = 2**21
 GPU_CHUNK = 2**26
+FLOAT16_TOKENS = 4096  # a chunk's gradient of the head is a sum over tokens, before the loss is scaled: 65,504 at most
 
 
 def summed_nats(x_BTD: Tensor, targets_BT: Tensor, head: nn.Module, vocab_size: int) -> Tensor:
@@ -23,6 +24,8 @@ def summed_nats(x_BTD: Tensor, targets_BT: Tensor, head: nn.Module, vocab_size: 
     """
     x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
     chunk_tokens = max(64, (GPU_CHUNK if x_ND.is_cuda else CPU_CHUNK) // vocab_size)
+    if _is_float16(x_ND):
+        chunk_tokens = min(chunk_tokens, FLOAT16_TOKENS)
     if not torch.is_grad_enabled():
         return torch.stack([_nats(head, x, y).sum() for x, y in _chunks(x_ND, targets_N, chunk_tokens)]).sum()
     total: Tensor = _ChunkedNats.apply(x_ND, targets_N, head, chunk_tokens, *head.parameters())
@@ -35,6 +38,11 @@ def nats_per_target(x_BTD: Tensor, targets_BT: Tensor, head: nn.Module, vocab_si
     chunk_tokens = max(64, (GPU_CHUNK if x_BTD.is_cuda else CPU_CHUNK) // vocab_size)
     chunks = _chunks(x_BTD.flatten(0, 1), targets_BT.flatten(), chunk_tokens)
     return torch.cat([_nats(head, x, y) for x, y in chunks]).view_as(targets_BT)
+
+
+def _is_float16(x_ND: Tensor) -> bool:
+    autocast = torch.is_autocast_enabled(x_ND.device.type) and torch.get_autocast_dtype(x_ND.device.type)
+    return torch.float16 in (x_ND.dtype, autocast)
 
 
 def _nats(head: nn.Module, x_ND: Tensor, targets_N: Tensor) -> Tensor:

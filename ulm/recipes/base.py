@@ -30,7 +30,7 @@ Name = Annotated[str, StringConstraints(pattern=rf"^{ID_PATTERN}$", max_length=1
 class Section(BaseModel):
     """A part of a recipe: frozen, and strict about unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Recipe(Section):

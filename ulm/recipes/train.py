@@ -11,12 +11,15 @@ from ulm.recipes.base import Recipe, Section
 from ulm.recipes.clustering import Clustering
 from ulm.registry import configure
 
+MAX_WORKERS = 10_000
+MAX_TOKENS = 10**18  # of a run; larger numbers are mistakes, and no 64-bit counter holds them
+
 
 class WorkerRange(Section):
     """As many workers as the cluster has room for when training starts, between the two."""
 
-    min: int = Field(1, ge=1)
-    max: int = Field(ge=1)
+    min: int = Field(1, ge=1, le=MAX_WORKERS)
+    max: int = Field(ge=1, le=MAX_WORKERS)
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -28,14 +31,16 @@ class WorkerRange(Section):
 class Train(Section):
     """How long, how wide and how often. Exactly one of steps, tokens, tokens_per_parameter."""
 
-    steps: int | None = Field(None, ge=1)
-    tokens: int | None = Field(None, ge=1)  # training targets in all
-    tokens_per_parameter: float | None = Field(None, gt=0)
-    batch_tokens: int | None = Field(None, ge=1)  # of a global batch, a multiple of context_tokens; None: preset
-    context_tokens: int | None = Field(None, ge=2)  # None: the model's
+    steps: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)  # training targets in all
+    tokens_per_parameter: float | None = Field(None, gt=0, le=1e8)
+    batch_tokens: int | None = Field(
+        None, ge=1, le=10**9
+    )  # of a global batch, a multiple of context_tokens; None: preset
+    context_tokens: int | None = Field(None, ge=2, le=2**24)  # None: the model's
     workers: int | WorkerRange = 1
-    micro_batch_rows: int | None = Field(None, ge=1)  # rows a worker takes at once; None: what fits
-    seed: int = 0
+    micro_batch_rows: int | None = Field(None, ge=1, le=10**9)  # rows a worker takes at once; None: what fits
+    seed: int = Field(0, ge=0, lt=2**63)
     # auto: bfloat16 where it is native, float16 on older GPUs, else float32. pure_bfloat16: weights and optimizer too
     precision: Literal["auto", "float32", "bfloat16", "pure_bfloat16", "float16"] = "auto"
     compile: bool | None = None  # torch.compile; None: where the run is long enough for it to pay
@@ -59,9 +64,11 @@ class Train(Section):
     def _number_or_range(cls, given: Any) -> Any:
         if isinstance(given, dict):
             return WorkerRange.model_validate(given)
-        if isinstance(given, WorkerRange) or (type(given) is int and given >= 1):
+        if isinstance(given, WorkerRange) or (type(given) is int and 1 <= given <= MAX_WORKERS):
             return given
-        raise ConfigError("train.workers", f"{given!r} is no number of workers", "1 or more, or {min: 1, max: 4}")
+        raise ConfigError(
+            "train.workers", f"{given!r} is no number of workers", f"1 to {MAX_WORKERS:,}, or {{min: 1, max: 4}}"
+        )
 
     @property
     def worker_counts(self) -> range:
@@ -92,7 +99,7 @@ class Samples(Section):
     prompts: tuple[str, ...] = ("",)  # none: no samples
     every_steps: int | None = Field(None, ge=1)  # None: at each evaluation
     max_tokens: int = Field(64, ge=1)
-    temperature: float = Field(0.8, ge=0)
+    temperature: float = Field(0.8, ge=0, le=100)
 
 
 class Resources(Section):
