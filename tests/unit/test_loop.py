@@ -260,8 +260,14 @@ def test_side_by_side_tasks_go_to_the_worker_with_the_least_to_do(task):
     assert lanes == [[6], [3, 2, 1]]
 
 
+def _metrics(*steps):
+    """Lines of metrics.jsonl, with no more than every line has."""
+    line = {"loss": 2.0, "tokens_per_second": 9.0, "step_tokens": 768}
+    return "".join(json.dumps({"step": step, **line}) + "\n" for step in steps)
+
+
 def test_a_metrics_file_cuts_lost_work_and_a_line_that_a_kill_cut_short(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    (tmp_path / "metrics.jsonl").write_text(_metrics(1, 2, 3) + '{"ste')
     with MetricsFile(tmp_path, last_step=2):
         pass
     assert [line["step"] for line in read(tmp_path)] == [1, 2]
@@ -269,14 +275,14 @@ def test_a_metrics_file_cuts_lost_work_and_a_line_that_a_kill_cut_short(tmp_path
 
 def test_a_tail_tells_each_new_step_once_across_a_resume(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n')
+    path.write_text(_metrics(1))
     tail = Tail(tmp_path)
     with path.open("a") as file:
-        file.write('{"step": 2}\n{"step": 3}\n{"st')
+        file.write(_metrics(2, 3) + '{"st')
     assert [line["step"] for line in tail.new_lines()] == [2, 3]
     assert tail.new_lines() == []
     with MetricsFile(tmp_path, last_step=1):
         pass
     with path.open("a") as file:
-        file.write("".join(json.dumps({"step": step}) + "\n" for step in (2, 3, 4)))
+        file.write(_metrics(2, 3, 4))
     assert [line["step"] for line in tail.new_lines()] == [4]

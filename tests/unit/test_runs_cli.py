@@ -126,7 +126,8 @@ def test_a_run_whose_files_are_being_written_is_read_up_to_the_last_whole_line(t
     with path.open("a") as file:
         file.write('{"step": 5, "loss": 1.0, "tok')
     assert status.of(task().folder) == whole
-    long = "".join(json.dumps({"step": n, "loss": 2.0, "tokens_per_second": float(n)}) + "\n" for n in range(5, 3000))
+    line = {"loss": 2.0, "step_tokens": 768}
+    long = "".join(json.dumps({"step": n, "tokens_per_second": float(n), **line}) + "\n" for n in range(5, 3000))
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]) + long)
     found = status.of(task().folder)
     assert found["step"] == 2999 and found["tokens_per_second"] == 2989.5  # the median of the last twenty

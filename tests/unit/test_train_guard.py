@@ -92,11 +92,15 @@ def test_without_a_checkpoint_it_goes_back_to_the_beginning(task):
 
 
 @pytest.mark.parametrize(
-    ("every", "kept"), [(2, r"the last checkpoint is /.*/step-00000004"), (None, "there is no checkpoint yet")]
+    ("every", "what"),
+    [  # a checkpoint due at the very step that ruined the weights sees it first
+        (2, r"step 4: weights are not finite after the update; the last checkpoint is /.*/step-00000002"),
+        (None, "step 5: loss nan.*; there is no checkpoint yet"),
+    ],
 )
-def test_after_as_many_rollbacks_as_the_recipe_allows_it_ends_and_names_what_helps(task, every, kept):
+def test_after_as_many_rollbacks_as_the_recipe_allows_it_ends_and_names_what_helps(task, every, what):
     a = task(train={"checkpoint_every_steps": every}, guard={"rollbacks": 2})
-    with opened_runs() as runs, pytest.raises(TrainingError, match=rf"a: step 5: loss nan.*; {kept}; a lower optim"):
+    with opened_runs() as runs, pytest.raises(TrainingError, match=rf"a: {what}; a lower optim"):
         train(a, on_step=scaled(runs, 4, float("nan"), while_lr_scale_above=0.01))
     assert len(runs) == 3 and len(said(a, "rollback")) == 2
 
