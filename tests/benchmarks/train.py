@@ -268,7 +268,7 @@ def _product_flops(dtype: str) -> float:
 
 def ray(place: Path, runs: int, full: bool) -> None:
     """`ulm train` against our own loop alone in a process, same recipe, by turns; and how long both wait for data."""
-    pairs, warm_up_steps, steps = runs if runs < 3 else 5, 20, 30
+    pairs, warm_up_steps, steps = runs if runs < 3 else 5, 20, 20
     _library_corpus(place, 8_192)
     train = {"steps": warm_up_steps + steps, "batch_tokens": 8_192}
     recipe = _recipe(place, "nano", {"corpus": "library", "model": "nano", "train": train})
