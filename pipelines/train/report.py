@@ -100,7 +100,8 @@ class Steps:
 def _head(folder: Path, task: Mapping[str, Any], steps: Steps, happened: Sequence[Event]) -> str:
     num_steps = task["train"]["steps"]
     step = int(steps["step"][-1]) if len(steps) else 0
-    about = f"Run on corpus <code>{text(task['corpus'])}</code><br>{_state(step, num_steps, happened)}"
+    corpus = text(str(task["corpus"])[:12])  # its first characters name it everywhere
+    about = f"Run on corpus <code>{corpus}</code><br>{_state(step, num_steps, happened)}"
     shown = [(f"{step:,}", f"of {counted(num_steps, 'step')}")]
     if len(steps):
         shown += _figures(steps)
@@ -115,6 +116,8 @@ def _state(step: int, num_steps: int, happened: Sequence[Event]) -> str:
     last = happened[-1] if happened else None
     if last and last.kind == events.FAILED:
         return f"<span class=u>failed</span> after step {last.step:,}"
+    if last and last.kind == "stop":
+        return f"interrupted after step {last.step:,}"
     return "ended early" if last and last.kind == "end" else "not finished"
 
 
@@ -220,7 +223,7 @@ def _loss(steps: Steps, happened: Sequence[Event]) -> str:
         if event.kind not in ("start", "end") and event.step <= steps["step"][-1]
     ]
     above = int((raw.y > high).sum())
-    unit = "nats per target" + (f"; {counted(above, 'step')} above the edge" if above else "")
+    unit = "nats per target" + (f"; {counted(above, 'step')} so high that the axis leaves them out" if above else "")
     key = _key([("train", "--c0"), ("held-out", "--c1") if len(held_out.x) else None, *_marked(marks)])
     y_range = (low, max(high, low + 1e-6))
     drawn = _figure("Loss", unit, steps, [raw, mean, held_out], classes=" class=wide", y_range=y_range, marks=marks)

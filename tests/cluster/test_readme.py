@@ -95,15 +95,15 @@ def test_every_command_of_the_page_on_corpora_runs_in_order(tmp_path: Path) -> N
 @pytest.mark.timeout(600)
 def test_every_command_of_the_page_on_training_runs_in_order(tmp_path: Path) -> None:
     last = results(run_page("docs/training.md", tmp_path))
-    planned, trained = last["ulm train small.yaml --plan"], last["ulm train small.yaml --no-ray"]
+    planned, trained = last["ulm train first.yaml --plan"], last["ulm train first.yaml --no-ray"]
     assert planned["steps"] == trained["step"] == 20
-    assert last["ulm train small.yaml --set name=two-workers --set train.steps=10"]["step"] == 10
+    assert last["ulm train first.yaml --set name=two-workers --set train.steps=10"]["step"] == 10
     listed = {run["run"]: run for run in last["ulm runs list"]["runs"]}
-    assert {name: run["status"] for name, run in listed.items()} == {"small": "finished", "two-workers": "finished"}
-    assert listed["small"]["parameters"] == planned["parameters"] and listed["small"]["loss"] == trained["loss"]
-    assert last["ulm runs show small"]["best"] == Path(trained["checkpoint"]).name
-    assert Path(last["ulm runs show small"]["report"]).is_file()
-    assert 0 < last["ulm runs logs small -n 5"]["lines"] <= 5
+    assert {name: run["status"] for name, run in listed.items()} == {"first": "finished", "two-workers": "finished"}
+    assert listed["first"]["parameters"] == planned["parameters"] and listed["first"]["loss"] == trained["loss"]
+    assert last["ulm runs show first"]["best"] == Path(trained["checkpoint"]).name
+    assert Path(last["ulm runs show first"]["report"]).is_file()
+    assert 0 < last["ulm runs logs first -n 5"]["lines"] <= 5
 
 
 def test_the_page_on_training_names_every_key_of_its_recipe_and_no_other() -> None:

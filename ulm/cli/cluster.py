@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ulm import artefacts, runtime
+from ulm.cli import console
 from ulm.errors import ClusterError
 
 
@@ -63,6 +64,7 @@ def session(root: Path, address: str | None, *, dashboard: bool = False) -> Iter
         if address is not None:
             context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
+            console.err.print("[dim]starting Ray on this machine…[/]")
             context = ray.init(
                 address="local",
                 include_dashboard=dashboard,

@@ -49,12 +49,15 @@ def train(
         console.err.print(train_tables.plan(planned))
         console.finish(planned)
         return
+    from pipelines.train import folder
     from pipelines.train.prepare import prepare
 
     no_ray = no_ray or util.find_spec("ray") is None
     if no_ray and address is not None:
         raise ConfigError("--address", "training without Ray joins no cluster", "install Ray and leave --no-ray out")
     task = prepare(loaded, root=root, near=recipe.parent)  # what is wrong is said before Ray starts
+    if folder.is_finished(task):
+        console.err.print(train_tables.finished(loaded.name))
     run: Callable[..., dict[str, Any]]
     with ExitStack() as stack:
         if no_ray:

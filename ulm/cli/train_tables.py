@@ -52,6 +52,12 @@ def ending(line: dict[str, Any], report: Path) -> RenderableType:
     return _text(f'step {line["step"]:,} is the last; see {report}, or `ulm generate {line["run"]} "…"`', "dim")
 
 
+def finished(run: str) -> RenderableType:
+    """What a person hears who starts a run that has ended."""
+    longer = f"another name, with init_from: {run}, trains it longer"
+    return _text(f"{run} is finished: nothing is trained, whatever its recipe changes; {longer}", "dim")
+
+
 _MEMORY = ("weights", "gradients", "optimizer", "average", "activations", "checkpoint_copy", "program")
 
 
