@@ -36,6 +36,7 @@ TOLERANCE = 0.1  # of the parameters asked for
 # What a part of size is worth against a part of shape: 5 % fewer parameters weigh as an aspect off by a factor of 1.6.
 SIZE_WEIGHT = 10.0
 FEWEST, MOST = 1e4, 1e10
+MOST_SHARED = 8  # layers that may share their weights in a model whose depth is found here
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmbt]?)", re.IGNORECASE)
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
@@ -126,12 +127,31 @@ def _shape(asked: float, d_model: int, make: Make) -> _Shape:
         "context_tokens": context_tokens(d_model),
         "attention": {"num_heads": num_heads, "num_kv_heads": num_kv_heads},
     }
-    specs = [make({**fields, "num_layers": layers}) for layers in (1, 2)]
+    step, specs = _least_depths(fields, make)
     one, two = (_parameters(spec) for spec in specs)
     if specs[0].num_layers == specs[1].num_layers:  # the recipe fixes it
         return _Shape(specs[0], one, asked)
-    layers = min(max(1, 1 + round((asked - one) / (two - one))), d_model)  # deeper than wide is no shape
-    return _Shape(make({**fields, "num_layers": layers}), one + (layers - 1) * (two - one), asked)
+    steps = 1 + round((asked - one) / (two - one))
+    most = max(1, d_model // step)  # deeper than wide is no shape
+    best = min(max(1, steps), most)
+    if not specs[0].blocks:
+        return _Shape(make({**fields, "num_layers": step * best}), one + (best - 1) * (two - one), asked)
+    reach = sum(entry.repeat for entry in specs[0].blocks)  # of layers that differ the sum is no straight line
+    near = range(max(1, best - reach), min(most, best + reach) + 1)
+    found = [make({**fields, "num_layers": step * number}) for number in near]
+    return min((_Shape(spec, _parameters(spec), asked) for spec in found), key=lambda shape: shape.miss)
+
+
+def _least_depths(fields: dict[str, Any], make: Make) -> tuple[int, list[ModelSpec]]:
+    """The smallest depth that what the recipe fixes goes with, and the specs of it and of twice as much."""
+    refused = None
+    for step in range(1, MOST_SHARED + 1):
+        try:
+            return step, [make({**fields, "num_layers": layers}) for layers in (step, 2 * step)]
+        except ConfigError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
 
 
 def _parameters(spec: ModelSpec) -> int:

@@ -22,7 +22,10 @@ from ulm.errors import ConfigError, UnknownKindError, did_you_mean
 PACKAGES = {
     **{
         slot: f"ulm.components.{slot}"
-        for slot in ("embedding", "position", "attention", "feedforward", "norm", "head", "optimizer", "schedule")
+        for slot in (
+            *("embedding", "position", "attention", "feedforward", "norm", "head"),
+            *("mask", "optimizer", "schedule"),
+        )
     },
     "model": "ulm.models",
     "engine": "serve.engines",
@@ -37,6 +40,9 @@ class KindConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: str
+
+    def check(self, spec: Any) -> None:
+        """ConfigError where the kind cannot be part of this ModelSpec; by itself any goes with any."""
 
 
 def register(slot: str, config: type[KindConfig]) -> Callable[[C], C]:

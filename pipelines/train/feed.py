@@ -22,6 +22,7 @@ class WorkerBatch:
 
     inputs_BT: Tensor
     targets_BT: Tensor
+    segments_BT: Tensor  # of each row, on the CPU: most models do not look at them
     num_targets: int  # of the global batch
     digest: str  # of the global batch's rows
 
@@ -60,7 +61,10 @@ class Feed:
         rows, self._ahead = np.split(self._ahead, [self._rows_per_batch])
         mine = self._plan.batch(rows[self._rank :: self._world_size])
         inputs_BT, targets_BT = (self._to_device(torch.from_numpy(x)) for x in (mine.inputs_BT, mine.targets_BT))
-        return WorkerBatch(inputs_BT, targets_BT, int(self._plan.num_targets(rows).sum()), batch_digest(rows))
+        segments_BT = torch.from_numpy(mine.segments_BT)
+        return WorkerBatch(
+            inputs_BT, targets_BT, segments_BT, int(self._plan.num_targets(rows).sum()), batch_digest(rows)
+        )
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor

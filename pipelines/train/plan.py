@@ -181,7 +181,8 @@ class _Trial:
         numbers = self._rows.order.rows(0, num_rows)
         batch = self._rows.plan.batch(numbers)
         inputs_BT, targets_BT = (torch.from_numpy(x).to(self._device) for x in (batch.inputs_BT, batch.targets_BT))
-        return WorkerBatch(inputs_BT, targets_BT, int(self._rows.plan.num_targets(numbers).sum()), "")
+        segments_BT, num_targets = torch.from_numpy(batch.segments_BT), self._rows.plan.num_targets(numbers)
+        return WorkerBatch(inputs_BT, targets_BT, segments_BT, int(num_targets.sum()), "")
 
     def _timed(self, work: Callable[[], object]) -> float:
         runtime.synchronize(self._device)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ulm import dial
+from ulm import dial, registry
 from ulm.artefacts import digest_file
 from ulm.checkpoints import store
 from ulm.checkpoints.manifest import read_manifest
@@ -105,9 +105,12 @@ def resolve(recipe: TrainRecipe, *, root: Path, near: Path | None = None) -> Tra
     defaults = {} if _model_from_checkpoint(recipe) else ModelSpec.training_defaults(recipe.model)
     defaults = {**dial.training_defaults(_parameters(spec)), **defaults}
     batch_tokens = _batch_tokens(train, spec, defaults["batch_tokens"])
-    optimizer = configure("optimizer", recipe.optimizer)
+    is_open = "optimizer" not in recipe.model_fields_set
+    optimizer = configure("optimizer", defaults.get("optimizer", recipe.optimizer) if is_open else recipe.optimizer)
     if getattr(optimizer, "lr", None) is None:
-        optimizer = optimizer.model_copy(update={"lr": defaults["lr"]})
+        optimizer = optimizer.model_copy(
+            update={"lr": defaults["lr"] * getattr(registry.find("optimizer", optimizer.kind), "lr_share", 1.0)}
+        )
     return TrainTask(
         run=recipe.name,
         folder=root / "runs" / recipe.name,

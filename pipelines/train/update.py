@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipelines.train.feed import WorkerBatch
 from pipelines.train.task import TrainTask
 from ulm import runtime
-from ulm.components.loss import summed_nats
+from ulm.components.loss import NO_TARGET, summed_nats
 from ulm.errors import TrainingError
 from ulm.models.account import activation_bytes, train_flops_per_token
 
@@ -40,9 +40,14 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Summed nats of a micro-batch."""
-        return summed_nats(self.model.hidden(inputs_BT), targets_BT, self.model.head, self.model.vocab_size)
+    def forward(
+        self, inputs_BT: Tensor, targets_BT: Tensor, segments_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Summed nats of a micro-batch, and the loss to go down: with what the model's layers ask for besides."""
+        x_BTD = self.model.hidden(inputs_BT, segments_BT)
+        nats = summed_nats(x_BTD, targets_BT, self.model.head, self.model.vocab_size)
+        more = self.model.auxiliary_loss()
+        return nats.detach(), nats if more is None else nats + more * (targets_BT != NO_TARGET).sum()
 
 
 class Updater:
@@ -107,15 +112,18 @@ class Updater:
 
     def _gradients_by(self, batch: WorkerBatch, rows: int) -> Tensor:
         scale = self._world_size / batch.num_targets  # DistributedDataParallel takes the mean over workers
-        parts = list(zip(torch.split(batch.inputs_BT, rows), torch.split(batch.targets_BT, rows), strict=True))
+        of_rows = [batch.inputs_BT, batch.targets_BT]
+        if self._model.sees_documents:
+            of_rows.append(batch.segments_BT.to(self._device))
+        parts = list(zip(*(torch.split(x, rows) for x in of_rows), strict=True))
         total = torch.zeros((), device=self._device)
-        for number, (inputs_BT, targets_BT) in enumerate(parts):
+        for number, part in enumerate(parts):
             is_last = number == len(parts) - 1
             with nullcontext() if is_last or self._world_size == 1 else self._objective.no_sync():
                 with self.autocast():
-                    nats = self._objective(inputs_BT, targets_BT)
-                self.scaler.scale(nats * scale).backward()
-            total += nats.detach()
+                    nats, loss = self._objective(*part)
+                self.scaler.scale(loss * scale).backward()
+            total += nats
         return total
 
     def _rows_that_fit(self, task: TrainTask, rows: int) -> int:
@@ -131,7 +139,7 @@ class Updater:
             try:
                 zeros_BT = torch.zeros(shape, dtype=torch.long, device=self._device)
                 with self.autocast():
-                    self._objective(zeros_BT, zeros_BT).backward()
+                    self._objective(zeros_BT, zeros_BT)[1].backward()
                 return fits
             except torch.cuda.OutOfMemoryError:
                 if fits == 1:

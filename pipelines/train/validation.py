@@ -46,7 +46,8 @@ class HeldOut:
         for start in range(0, len(mine), ROWS_AT_ONCE):
             batch = self.plan.batch(mine[start : start + ROWS_AT_ONCE])
             targets_BT = torch.from_numpy(batch.targets_BT)
-            x_BTD = model.hidden(torch.from_numpy(batch.inputs_BT).to(device))
+            segments_BT = torch.from_numpy(batch.segments_BT).to(device) if model.sees_documents else None
+            x_BTD = model.hidden(torch.from_numpy(batch.inputs_BT).to(device), segments_BT)
             nats_BT = nats_per_target(x_BTD, targets_BT.to(device), model.head, model.vocab_size).cpu().double()
             is_target, is_text = targets_BT != NO_TARGET, (targets_BT != NO_TARGET) & (targets_BT != self.eot_id)
             num_bytes = self.bytes_of_V[targets_BT[is_text]].sum()

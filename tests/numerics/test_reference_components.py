@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -11,18 +12,19 @@ from pydantic import BaseModel
 
 import ulm
 from ulm import registry
-from ulm.components.attend import attend
-from ulm.components.contracts import Mask, ModelDims
+from ulm.components.attend import _flex, attend, naive
+from ulm.components.contracts import Mask, ModelDims, Places
 from ulm.errors import UnknownKindError
 from ulm.reference import attention as reference_attention
 from ulm.reference.lookup import reference
-from ulm.reference.mask import causal
+from ulm.reference.mask import Place, causal_table, table
 from ulm.reference.optimizer import State
 from ulm.spec import SLOTS
 
 FLOAT64 = {"rtol": 1e-12, "atol": 1e-12}  # the same sums in another order
 ROPE_TABLE = {"rtol": 0.0, "atol": 1e-6}  # the component keeps its angles' cosines in float32 (6e-8 each)
-EVERY_KIND = [(slot, kind) for slot in (*SLOTS, "optimizer", "schedule", "model") for kind in ulm.kinds(slot)]
+EVERY_KIND = [(slot, kind) for slot in (*SLOTS, "mask", "optimizer", "schedule", "model") for kind in ulm.kinds(slot)]
+CAUSAL = registry.find("mask", "causal")(registry.configure("mask", "causal"))
 B, T = 2, 7
 
 
@@ -31,7 +33,8 @@ def spec_with(slot: str, kind: str) -> ulm.ModelSpec:
 
 
 def dims_of(spec: ulm.ModelSpec) -> ModelDims:
-    return ModelDims(spec.d_model, spec.num_layers, spec.vocab_size, spec.context_tokens, spec.head_dim)
+    sizes = (spec.d_model, spec.num_layers, spec.vocab_size, spec.context_tokens, spec.head_dim)
+    return ModelDims(*sizes, spec.num_heads, spec.num_kv_heads)
 
 
 def drawn(*shape: int) -> torch.Tensor:
@@ -80,14 +83,14 @@ def test_position_equals_its_reference(kind):
     spec = spec_with("position", kind)
     component = filled(registry.find("position", kind)(spec.position, dims_of(spec)))
     positions_BT = torch.tensor([[*range(T)], [*range(20, 20 + T)]])
-    expected = reference("position", kind)(numbers(component), settings(spec.position))
+    expected = reference("position", kind)(numbers(component), settings(spec))
     for method, x in (("rotate", drawn(B, T, 3, spec.head_dim)), ("embed", drawn(B, T, spec.d_model))):
         found = getattr(component, method)(x, positions_BT).detach()
         np.testing.assert_allclose(found, getattr(expected, method)(x.numpy(), positions_BT.numpy()), **ROPE_TABLE)
 
 
 def test_rope_scores_depend_on_distance_alone():
-    turn = reference("position", "rope")({}, {"theta": 10_000.0}).rotate
+    turn = reference("position", "rope")({}, settings(spec_with("position", "rope"))).rotate
     q, k = drawn(1, 1, 1, 32).numpy(), drawn(1, 1, 1, 32).numpy() + 1
     scores = [
         float((turn(q, np.array([[m]])) * turn(k, np.array([[n]]))).sum()) for m, n in ((3, 0), (103, 100), (4, 0))
@@ -96,45 +99,81 @@ def test_rope_scores_depend_on_distance_alone():
     assert abs(scores[0] - scores[2]) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ulm.kinds("attention"))
-def test_attention_equals_its_reference(kind):
-    spec = spec_with("attention", kind)
-    rotate = registry.find("position", spec.position.kind)(spec.position, dims_of(spec)).double()
-    component = filled(registry.find("attention", kind)(spec.attention, dims_of(spec), rotate, 0))
-    x_BTD, positions_BT = drawn(B, T, spec.d_model), torch.arange(T)[None]
-    expected = reference("attention", kind)(
-        x_BTD.numpy(),
-        numbers(component),
-        settings(spec.attention),
-        positions_BT=np.tile(np.arange(T), (B, 1)),
-        allowed_BTS=np.tile(causal(T, T), (B, 1, 1)),
-        rotate=reference("position", spec.position.kind)({}, settings(spec.position)).rotate,
-    )
-    np.testing.assert_allclose(
-        component(x_BTD, positions_BT=positions_BT, mask=Mask()).detach(), expected, **ROPE_TABLE
-    )
-
-
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (4, 1)], ids=["multi-head", "grouped", "one"])
 def test_attend_equals_its_reference_with_ragged_masks(num_heads, num_kv_heads):
     q, k, v = drawn(B, 3, num_heads, 8), drawn(B, T, num_kv_heads, 8) / 2, drawn(B, T, num_kv_heads, 8) + 1
-    allowed_BTS = np.stack([causal(3, T), np.pad(causal(3, 4), ((0, 0), (0, T - 4)))])
+    allowed_BTS = np.stack([causal_table(3, T), np.pad(causal_table(3, 4), ((0, 0), (0, T - 4)))])
     expected = reference_attention.attend(q.numpy(), k.numpy(), v.numpy(), allowed_BTS)
-    np.testing.assert_allclose(attend(q, k, v, Mask(torch.from_numpy(allowed_BTS))), expected, **FLOAT64)
+    positions_BT = torch.tensor([[*range(T - 3, T)], [1, 2, 3]])
+    mask = Mask((CAUSAL,), Places(positions_BT, torch.arange(T)[None]))
+    np.testing.assert_array_equal(mask.allowed_BTS(), allowed_BTS)
+    np.testing.assert_allclose(attend(q, k, v, mask), expected, **FLOAT64)
 
 
-def test_attend_without_a_mask_is_causal_also_where_a_bias_is_given():
-    q, k, v = drawn(1, T, 2, 8), drawn(1, T, 2, 8) / 2, drawn(1, T, 2, 8) + 1
-    expected = reference_attention.attend(q.numpy(), k.numpy(), v.numpy(), causal(T, T)[None])
-    np.testing.assert_allclose(attend(q, k, v, Mask()), expected, **FLOAT64)
-    no_bias = torch.zeros(1, 2, T, T, dtype=torch.float64)
-    np.testing.assert_allclose(attend(q, k, v, Mask(), no_bias), expected, **FLOAT64)
+SCORES = {
+    "plain": {},
+    "soft cap": {"soft_cap": 0.5},
+    "sinks": {"sinks_H": torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)},
+    "both": {"soft_cap": 0.5, "sinks_H": torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)},
+}
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("with_places", [False, True], ids=["plain causal", "a mask of segments"])
+@pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
+def test_attend_its_naive_form_and_the_reference_are_one(scores, with_places, with_bias):
+    q, k, v = drawn(B, T, 4, 8), drawn(B, T, 2, 8) / 2, drawn(B, T, 2, 8) + 1
+    bias_BHTS = drawn(1, 4, T, T) if with_bias else None
+    segments_BT = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [-1, -1, 0, 0, 0, 1, 1]])
+    document, padding = (
+        registry.find("mask", kind)(registry.configure("mask", kind)) for kind in ("document", "padding")
+    )
+    positions_BT = torch.arange(T)[None].expand(B, T)
+    places = Places(positions_BT, positions_BT, segments_BT, segments_BT)
+    mask = Mask((CAUSAL, document, padding), places) if with_places else Mask()
+    table = mask.allowed_BTS().numpy() if with_places else np.tile(causal_table(T, T), (B, 1, 1))
+    given = {key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in scores.items()}
+    bias = None if bias_BHTS is None else bias_BHTS.numpy()
+    expected = reference_attention.attend(q.numpy(), k.numpy(), v.numpy(), table, bias, **given)
+    for form in (attend, naive):
+        np.testing.assert_allclose(form(q, k, v, mask, bias_BHTS, **scores), expected, **FLOAT64)
 
 
 def test_attend_has_the_gradients_of_finite_differences():
     q, k, v = (x.requires_grad_() for x in (drawn(1, 3, 2, 4), drawn(1, 5, 1, 4) / 2, drawn(1, 5, 1, 4) + 1))
-    mask = Mask(torch.from_numpy(causal(3, 5))[None])
+    sinks_H = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
+    mask = Mask((CAUSAL,), Places(torch.tensor([[2, 3, 4]]), torch.arange(5)[None]))
     assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, mask), (q, k, v))
+    assert torch.autograd.gradcheck(lambda *x: attend(*x[:3], mask, sinks_H=x[3]), (q, k, v, sinks_H))
+
+
+def test_flex_attention_sees_the_same_mask_pair_by_pair():
+    q, k, v = (x.float() for x in (drawn(B, T, 4, 16), drawn(B, T, 2, 16) / 2, drawn(B, T, 2, 16) + 1))
+    segments_BT = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [-1, -1, 0, 0, 0, 1, 1]])
+    document = registry.find("mask", "document")(registry.configure("mask", "document"))
+    positions_BT = torch.arange(T)[None].expand(B, T)
+    mask = Mask((CAUSAL, document), Places(positions_BT, positions_BT, segments_BT, segments_BT))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of flex_attention: that it is not compiled here
+        found = _flex(q, k, v, mask, 2.0)
+    torch.testing.assert_close(found, naive(q, k, v, mask, soft_cap=2.0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ulm.kinds("mask"))
+def test_a_mask_allows_the_pairs_that_its_reference_allows(kind):
+    rows = [
+        [Place(p, segment, prefix) for p, segment in enumerate(row)]
+        for row, prefix in (([0, 0, 1, 1, -1], 2), ([-1, 0, 0, 2, 2], 4))
+    ]
+    mask = registry.find("mask", kind)(registry.configure("mask", kind))
+    positions_BT, segments_BT = (
+        torch.tensor([[getattr(p, name) for p in row] for row in rows]) for name in ("position", "segment")
+    )
+    places = Places(positions_BT, positions_BT, segments_BT, segments_BT, torch.tensor([2, 4]))
+    expected = np.stack([table([kind], row, row) for row in rows])
+    assert 0 < expected.mean() < 1
+    np.testing.assert_array_equal(Mask((mask,), places).allowed_BTS(), expected)
+    assert mask.is_causal == (not any(table([kind], [Place(p, 0, 4)], [Place(p + 1, 0, 4)])[0, 0] for p in range(3)))
 
 
 @pytest.mark.parametrize("kind", ulm.kinds("feedforward"))
@@ -189,7 +228,8 @@ def test_five_optimizer_steps_equal_the_reference(kind):
 @pytest.mark.parametrize("num_steps", [1, 5, 30, 1000, 80_000])
 @pytest.mark.parametrize("given", [{}, {"warmup_steps": 0}, {"warmup_steps": 7, "final_share": 0.0}], ids=str)
 def test_schedule_equals_its_reference_at_every_step(kind, num_steps, given):
-    config = registry.configure("schedule", {"kind": kind, **given})
+    known = registry.find("schedule", kind).Config.model_fields
+    config = registry.configure("schedule", {"kind": kind, **{k: v for k, v in given.items() if k in known}})
     share = registry.find("schedule", kind).share
     expected = reference("schedule", kind)(settings(config), num_steps)
     assert len(expected) == num_steps

@@ -6,54 +6,45 @@ import numpy as np
 import pytest
 import torch
 
-import ulm
+from tests.variants import every_variant, model_of, tokens
 from ulm.errors import ContextLengthError
 from ulm.reference.model import decoder
 
 FLOAT64 = {"rtol": 0.0, "atol": 5e-6}  # cosines and sines of the positions are float32 also in a float64 model
 FLOAT32 = {"rtol": 0.0, "atol": 1e-4}  # sums of 96 to 256 products in float32 over three layers, logits up to 10
 FLOAT32_ORDER = {"rtol": 0.0, "atol": 1e-4}  # the same products, summed in blocks of other widths
-SHAPES = {
-    "nano": {},
-    "untied": {"embedding": {"tied": False}},
-    "learned positions": {"position": {"kind": "learned", "max_tokens": 48}},
-    "multi-head": {"attention": {"num_heads": 3, "num_kv_heads": 3}},
-    "wide heads": {"attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 64}, "position": {"theta": 500.0}},
-}
+SEGMENTS_BT = torch.tensor([[-1] * 3 + [0] * 9 + [1] * 7, [0] * 5 + [1] * 2 + [2] * 8 + [-1] * 4])
 
 
-def model_of(shape: str) -> torch.nn.Module:
-    """Weights large enough that attention looks somewhere and the logits are far apart."""
-    model = ulm.build(ulm.ModelSpec.preset("nano", vocab_size=97, context_tokens=40, **SHAPES[shape]))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0 if parameter.dim() >= 2 else 1.0, 0.2, generator=generator)
-    return model
-
-
-def tokens(batch: int, num: int) -> torch.Tensor:
-    return torch.randint(97, (batch, num), generator=torch.Generator().manual_seed(num))
-
-
-def by_the_book(model: torch.nn.Module, tokens_BT: torch.Tensor) -> np.ndarray:
+def by_the_book(model: torch.nn.Module, *inputs: torch.Tensor) -> np.ndarray:
     weights = {name: w.numpy() for name, w in model.state_dict().items()}
-    return decoder(tokens_BT.numpy(), weights, model.spec.model_dump(mode="json"))
+    tokens_BT, *places = (x.numpy() for x in inputs)
+    return decoder(tokens_BT, weights, model.spec.model_dump(mode="json"), *places)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@every_variant
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-def test_logits_of_the_whole_decoder_equal_the_reference(shape, dtype):
-    model = model_of(shape).to(dtype)
+def test_logits_of_the_whole_decoder_equal_the_reference(overrides, dtype):
+    model = model_of(overrides).to(dtype)
     tokens_BT = tokens(2, 19)
     expected = by_the_book(model, tokens_BT)
-    assert expected.std() > 1
+    assert expected.std() > 0.5
     np.testing.assert_allclose(model(tokens_BT).detach(), expected, **(FLOAT64 if dtype is torch.float64 else FLOAT32))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_ragged_rows_decoded_in_padded_blocks_equal_one_pass(shape):
-    model = model_of(shape)
+@every_variant
+def test_with_padding_on_both_sides_several_texts_and_a_prefix_the_logits_of_tokens_equal_the_reference(overrides):
+    model = model_of(overrides).double()
+    inputs = (tokens(2, 19), SEGMENTS_BT, torch.tensor([4, 2]))
+    is_token_BT = SEGMENTS_BT.numpy() >= 0
+    expected = by_the_book(model, *inputs)
+    found = model(*inputs).detach().numpy()
+    np.testing.assert_allclose(found[is_token_BT], expected[is_token_BT], **FLOAT64)
+
+
+@every_variant
+def test_ragged_rows_decoded_in_padded_blocks_equal_one_pass(overrides):
+    model = model_of(overrides)
     tokens_BT = tokens(3, 21)
     blocks = [[9, 3, 1], [0, 5, 2], [4, 1, 0], [1, 1, 1], [1, 0, 1]]  # new tokens of each row, block by block
     cache, seen, got = model.new_cache(batch=3), [0, 0, 0], [[], [], []]
@@ -72,7 +63,7 @@ def test_ragged_rows_decoded_in_padded_blocks_equal_one_pass(shape):
 
 
 def test_a_row_copied_or_cut_back_continues_as_if_it_had_been_read_anew():
-    model, tokens_BT = model_of("nano"), tokens(2, 12)
+    model, tokens_BT = model_of({"num_layers": 3}), tokens(2, 12)
     cache = model.new_cache(batch=2)
     model.step(tokens_BT, cache)
     cache.copy_row(0, 1)
@@ -86,7 +77,7 @@ def test_a_row_copied_or_cut_back_continues_as_if_it_had_been_read_anew():
 
 
 def test_a_cache_holds_the_whole_context_and_its_size_is_what_it_says():
-    model = model_of("nano")
+    model = model_of({"num_layers": 3})
     cache, tokens_BT = model.new_cache(batch=1), tokens(1, 40)
     assert cache.max_tokens == 40
     assert cache.nbytes == 3 * 2 * 41 * 1 * 32 * 4  # layers, keys and values, slots and the bin, heads, width, bytes

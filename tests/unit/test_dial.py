@@ -163,3 +163,19 @@ def test_show_prefers_a_run_that_is_named_like_a_size(root, nano):
     ulm.save(nano(vocab_size=257), byte_tokenizer(), root / "runs" / "1M" / "step-00000001")
     done = CliRunner().invoke(app, ["show", "1M"], catch_exceptions=False)
     assert json.loads(done.stdout.strip().rpartition("\n")[2])["spec"]["vocab_size"] == 257
+
+
+@pytest.mark.parametrize(
+    "fixed",
+    [
+        {"layers_per_block": 2},
+        {"preset": "modern", "embedding": {"num_tables": 2}},
+        {"blocks": [{"repeat": 3, "feedforward": {"d_hidden": 64}}, {"feedforward": {"d_hidden": 4096}}]},
+        {"feedforward": "moe"},
+    ],
+    ids=str,
+)
+def test_layers_that_share_or_differ_are_counted_as_they_are(fixed):
+    spec = ulm.ModelSpec.parse({"preset": "llama-like", "size": "5M", **fixed})
+    assert num_parameters(on_meta(spec)) == pytest.approx(5e6, rel=0.1)
+    assert spec.num_layers % spec.layers_per_block == 0

@@ -55,7 +55,7 @@ def kept_bytes(model: Any, rows: int, dtype: torch.dtype) -> int:
     tokens_BT = torch.randint(0, model.vocab_size, (rows, model.spec.context_tokens), generator=torch.manual_seed(0))
     with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved.tensor):
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-            nats = Objective(model)(tokens_BT, tokens_BT)
+            _, nats = Objective(model)(tokens_BT, tokens_BT)
     storages = {s.data_ptr(): s.nbytes() for s in (saved.tensor.untyped_storage() for saved in alive)}
     assert nats.grad_fn is not None, "until here the graph must live"
     return sum(nbytes for address, nbytes in storages.items() if address not in own)
@@ -124,10 +124,10 @@ class SmallMemory(nn.Module):
 
     def forward(self, inputs_BT, targets_BT):
         self.tried.append(len(inputs_BT))
-        nats = self.inner(inputs_BT, targets_BT)
+        found = self.inner(inputs_BT, targets_BT)
         if len(inputs_BT) > self.room or len(self.tried) == self.fails_at:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return nats
+        return found
 
 
 def updated(task, *, room=99, fails_at=0, world_size=1, rows=8, **how):
@@ -138,7 +138,7 @@ def updated(task, *, room=99, fails_at=0, world_size=1, rows=8, **how):
     updater._world_size, updater.micro_batch_rows = world_size, how.get("micro_batch_rows", rows)
     updater._objective = SmallMemory(updater._objective, room, fails_at)
     tokens_BT = torch.randint(0, model.vocab_size, (rows, task.spec.context_tokens), generator=torch.manual_seed(0))
-    nats, norm = updater.update(WorkerBatch(tokens_BT, tokens_BT, tokens_BT.numel(), ""), 1.0)
+    nats, norm = updater.update(WorkerBatch(tokens_BT, tokens_BT, tokens_BT, tokens_BT.numel(), ""), 1.0)
     return model, nats, norm, updater
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ulm import runtime
-from ulm.cli import console
+from ulm.cli import console, model_tables
 
 Checkpoint = Annotated[
     str, typer.Argument(help="A step directory, a run, or a name under models/.", show_default=False)
@@ -69,7 +69,7 @@ def show(
         str, typer.Argument(help="A size (nano … base, 25M), a preset/size, a YAML file, or a checkpoint.")
     ],
 ) -> None:
-    """A model's spec and what it costs: parameters, FLOPs per token, bytes.
+    """A model's parts from token to logits, and what they cost: parameters, FLOPs per token, bytes of cache.
 
     Example: ulm show nano
     """
@@ -77,7 +77,7 @@ def show(
 
     from ulm import dial
     from ulm.checkpoints import store
-    from ulm.models.account import num_parameters, train_flops_per_token
+    from ulm.models.account import cache_bytes, forward_flops_per_token, num_parameters, train_flops_per_token
     from ulm.models.decoder import build
     from ulm.spec import ModelSpec, preset_sizes
 
@@ -94,27 +94,22 @@ def show(
         chosen = store.read_spec(store.resolve(spec, root=home, near=Path.cwd(), place="spec"))
     with torch.device("meta"):
         model = build(chosen)
-    parameters = num_parameters(model)
-    flops = train_flops_per_token(model, chosen.context_tokens)
-    heads = getattr(chosen.attention, "num_kv_heads", 0)
-    cache_bytes = 2 * chosen.num_layers * heads * chosen.head_dim * 2
-    console.err.print(f"{parameters / 1e6:.2f}M parameters, {parameters * 2 / 1e6:.1f} MB in bfloat16")
-    console.err.print(f"{flops / 1e6:.1f} MFLOP to train a token, {cache_bytes:,} bytes of KV cache a token (bfloat16)")
+    parameters, cache = num_parameters(model), cache_bytes(chosen)
+    costs = {
+        "parameters": parameters,
+        "forward_flops_per_token": forward_flops_per_token(model, chosen.context_tokens),
+        "train_flops_per_token": train_flops_per_token(model, chosen.context_tokens),
+        "cache_bytes_per_token": cache.per_token,
+        "cache_bytes_fixed": cache.fixed,
+    }
+    console.err.print(model_tables.model(chosen, model, costs), soft_wrap=False)
     training = {**dial.training_defaults(parameters), **ModelSpec.training_defaults(given)} if given else None
     if training:
         batch, rate = training["batch_tokens"], training["lr"]
         console.err.print(
             f"trained in batches of {batch:,} tokens at a peak rate of {rate:.2g}, unless a recipe says more"
         )
-    console.finish(
-        {
-            "spec": chosen.model_dump(),
-            "parameters": parameters,
-            "training": training,
-            "train_flops_per_token": flops,
-            "kv_cache_bytes_per_token": cache_bytes,
-        }
-    )
+    console.finish({"spec": chosen.model_dump(), **costs, "training": training})
 
 
 def export(

@@ -1,25 +1,49 @@
-"""The KV cache: keys and values of B rows, indexed by position, so that rows may have different lengths."""
+"""What a model remembers of B rows while it decodes: a state for every layer, and how long each row is.
+
+A layer's state is a dataclass of tensors whose first dimension is the row. What of it counts follows from the row's
+length alone, so a row is emptied by setting its length to 0.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from ulm.components.contracts import Mask
+from ulm.components.contracts import Places
 from ulm.errors import ContextLengthError
 
 
+class LayerState(Protocol):
+    """A layer's memory of B rows: a dataclass of tensors."""
+
+    def can_forget(self, length: int) -> bool:
+        """Whether a row of `length` tokens can be cut back, as if its last tokens had never come."""
+        ...
+
+
 @dataclass
-class LayerCache:
-    """One layer's keys and values. The last slot is a bin for padding: written, never read."""
+class KeyValues:
+    """All keys and values, indexed by position, so that rows may differ in length.
+
+    The last slot is a bin for padding: written, never read.
+    """
 
     k_BSKE: Tensor
     v_BSKE: Tensor
 
-    def append(self, k_BTKE: Tensor, v_BTKE: Tensor, positions_BT: Tensor, num_known: int) -> tuple[Tensor, Tensor]:
-        """Write T new keys and values at their positions; returns the first `num_known` slots as views."""
+    @classmethod
+    def empty(cls, batch: int, max_tokens: int, num_kv_heads: int, head_dim: int, like: Tensor) -> Self:
+        """In the dtype and on the device of `like`."""
+        shape = (batch, max_tokens + 1, num_kv_heads, head_dim)
+        return cls(like.new_zeros(shape), like.new_zeros(shape))
+
+    def append(self, k_BTKE: Tensor, v_BTKE: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+        """Write T new keys and values at their positions; returns the slots that the places name, as views."""
+        positions_BT = places.q_positions_BT
         if positions_BT.shape[1] == 1:
             rows_B = torch.arange(len(positions_BT), device=positions_BT.device)
             self.k_BSKE[rows_B, positions_BT[:, 0]] = k_BTKE[:, 0]
@@ -28,63 +52,83 @@ class LayerCache:
             index = positions_BT[:, :, None, None].expand_as(k_BTKE)
             self.k_BSKE.scatter_(1, index, k_BTKE)
             self.v_BSKE.scatter_(1, index, v_BTKE)
+        num_known = places.k_positions_BS.shape[1]
         return self.k_BSKE[:, :num_known], self.v_BSKE[:, :num_known]
+
+    def can_forget(self, length: int) -> bool:
+        """Always: what stands behind a row's length is not read."""
+        return True
 
 
 class Cache:
-    """Keys and values of all layers for B rows of up to `max_tokens` tokens, and how long each row is."""
+    """The states of all layers for B rows of up to `max_tokens` tokens, and how long each row is."""
 
-    def __init__(self, layers: list[LayerCache], lengths_B: Tensor) -> None:
-        self.layers, self.lengths_B = layers, lengths_B
-
-    @classmethod
-    def empty(
-        cls, num_layers: int, batch: int, max_tokens: int, num_kv_heads: int, head_dim: int, *, like: Tensor
-    ) -> Cache:
-        """A cache in the dtype and on the device of `like`."""
-        shape = (batch, max_tokens + 1, num_kv_heads, head_dim)
-        layers = [LayerCache(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(num_layers)]
-        return cls(layers, torch.zeros(batch, dtype=torch.long))
-
-    @property
-    def max_tokens(self) -> int:
-        """Longest row this cache can hold."""
-        return self.layers[0].k_BSKE.shape[1] - 1
+    def __init__(self, layers: list[Any], lengths_B: Tensor, max_tokens: int, device: torch.device) -> None:
+        self.layers, self.lengths_B, self.max_tokens, self.device = layers, lengths_B, max_tokens, device
+        self.prefix_tokens_B: Tensor | None = None  # on the device; None: no row has a prefix
 
     @property
     def nbytes(self) -> int:
         """Memory held."""
-        return sum(x.nbytes for layer in self.layers for x in (layer.k_BSKE, layer.v_BSKE))
+        return sum(x.nbytes for layer in self.layers for _, x in _tensors(layer))
 
     def rows(self, start: int, stop: int) -> Cache:
         """The same memory, seen as a cache of rows start … stop-1."""
-        layers = [LayerCache(layer.k_BSKE[start:stop], layer.v_BSKE[start:stop]) for layer in self.layers]
-        return Cache(layers, self.lengths_B[start:stop])
+        layers = [replace(layer, **{name: x[start:stop] for name, x in _tensors(layer)}) for layer in self.layers]
+        seen = Cache(layers, self.lengths_B[start:stop], self.max_tokens, self.device)
+        seen.prefix_tokens_B = None if self.prefix_tokens_B is None else self.prefix_tokens_B[start:stop]
+        return seen
 
     def copy_row(self, source: int, target: int) -> None:
         """Make row `target` equal to row `source`."""
         length = int(self.lengths_B[source])
         for layer in self.layers:
-            for x in (layer.k_BSKE, layer.v_BSKE):
-                x[target, :length] = x[source, :length]
+            for _, x in _tensors(layer):
+                part = slice(length) if isinstance(layer, KeyValues) else slice(None)  # no more than counts
+                x[target, part] = x[source, part]
         self.lengths_B[target] = length
 
-    def truncate(self, row: int, length: int) -> None:
-        """Forget what a row holds beyond `length`."""
-        self.lengths_B[row] = min(length, int(self.lengths_B[row]))
+    def truncate(self, row: int, length: int) -> int:
+        """Forget what a row holds beyond `length`; returns how much it still holds.
 
-    def place(self, num_new_B: Tensor, width: int) -> tuple[Tensor, Mask, int]:
-        """positions_BT, mask and number of slots to read, for `num_new_B` tokens in a block `width` wide.
-
-        Row b's new tokens are the first num_new_B[b] of the block; the rest is padding and goes to the bin.
+        A bounded or recurrent state cannot go back, so such a row is emptied instead, and its text must be run again.
         """
-        device = self.layers[0].k_BSKE.device
+        kept = min(length, int(self.lengths_B[row]))
+        if kept < int(self.lengths_B[row]) and not all(
+            layer.can_forget(int(self.lengths_B[row])) for layer in self.layers
+        ):
+            kept = 0
+        self.lengths_B[row] = kept
+        return kept
+
+    def place(self, num_new_B: Tensor, width: int) -> Places:
+        """Where `num_new_B` tokens in a block `width` wide stand, and the slots that can be read afterwards.
+
+        Row b's new tokens are the first num_new_B[b] of the block; the rest is padding and goes to the bin, one
+        position past the last. ContextLengthError where a row would be too long.
+        """
         offsets_T = torch.arange(width)
         positions_BT = self.lengths_B[:, None] + offsets_T
-        positions_BT = torch.where(offsets_T < num_new_B[:, None], positions_BT, self.max_tokens)
+        is_padding_BT = offsets_T >= num_new_B[:, None]
+        positions_BT = positions_BT.masked_fill(is_padding_BT, self.max_tokens)
         num_known = int((self.lengths_B + num_new_B).max())
         if num_known > self.max_tokens:  # one too many would be read from the bin, without a word
             message = f"the cache holds {self.max_tokens} tokens a row, and a row would have {num_known}"
+            message += ": a larger max_tokens for new_cache, up to the model's context_tokens"
             raise ContextLengthError(message, code="context_length_exceeded")
-        allowed_BTS = torch.arange(num_known) <= positions_BT[:, :, None]
-        return positions_BT.to(device), Mask(allowed_BTS.to(device)), num_known
+        if self.prefix_tokens_B is not None:
+            split = (self.prefix_tokens_B.cpu() > self.lengths_B + num_new_B) & (num_new_B > 0)
+            if split.any():
+                message = "a prefix must come whole in one call: its tokens see each other"
+                raise ContextLengthError(message, code="prefix_split")
+        return Places(
+            positions_BT.to(self.device),
+            torch.arange(num_known)[None].to(self.device),
+            prefix_tokens_B=self.prefix_tokens_B,
+            known_B=self.lengths_B.to(self.device),
+            num_new_B=num_new_B.to(self.device),
+        )
+
+
+def _tensors(layer: Any) -> Iterator[tuple[str, Tensor]]:
+    return ((field.name, value) for field in fields(layer) if isinstance(value := getattr(layer, field.name), Tensor))

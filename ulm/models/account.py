@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,25 +20,49 @@ def _num_padding(table: nn.Parameter, vocab_size: int) -> int:
 
 def num_parameters(model: Any) -> int:
     """All parameters at the true vocabulary, tied tables once; rows of padding are not counted."""
-    tables = {id(table): table for table in (model.embedding.weight, model.head.weight)}
+    of_tokens = (model.embedding.weight, model.head.weight, *getattr(model.embedding, "tables", ()))
+    tables = {id(table): table for table in of_tokens}
     padding = sum(_num_padding(table, model.vocab_size) for table in tables.values())
     return sum(p.numel() for p in model.parameters()) - padding
 
 
-def train_flops_per_token(model: Any, context_tokens: int) -> float:
-    """6 x parameters in matrices (output head included, tied or not) + attention scores and values.
+def forward_flops_per_token(model: Any, context_tokens: int) -> float:
+    """2 x parameters in the matrices that a token passes (output head included, tied or not) + attention.
 
-    Tables of tokens and positions are looked up and cost nothing; a tied one is counted once, as the head. Attention:
-    12 x layers x heads x head_dim x context / 2, the half for causality (PaLM, arXiv 2204.02311, appendix B).
+    Tables of tokens, values and positions are looked up and cost nothing; a tied one is counted once, as the head. A
+    block that several layers share is passed as often; of experts only those that a token is sent to. What attention
+    costs beside its matrices each kind says; for full attention it is 4 x heads x head_dim x context / 2, the half for
+    causality (PaLM, arXiv 2204.02311, appendix B). Norms, activations and the softmax are left out.
     """
-    spec: ModelSpec = model.spec
-    look_ups = {id(p) for part in (model.embedding, model.position) for p in part.parameters()} - {
-        id(model.head.weight)
-    }
-    matrices = sum(p.numel() for p in model.parameters() if p.dim() >= 2 and id(p) not in look_ups)
-    matrices -= _num_padding(model.head.weight, model.vocab_size)
-    width = getattr(spec.attention, "num_heads", 1) * spec.head_dim
-    return 6.0 * matrices + 12.0 * spec.num_layers * width * context_tokens / 2
+    matrices = model.head.weight.numel() - _num_padding(model.head.weight, model.vocab_size)
+    attention = 0.0
+    of_positions = {id(p) for p in model.position.parameters()}  # a table, which every layer's attention holds
+    for block in model.layers:
+        matrices += sum(p.numel() for p in block.parameters() if p.dim() >= 2 and id(p) not in of_positions)
+        matrices -= getattr(block.feedforward, "num_idle_parameters", 0)
+        attention += block.attention.attend_flops(context_tokens)
+    return 2.0 * matrices + attention
+
+
+def train_flops_per_token(model: Any, context_tokens: int) -> float:
+    """Three forward passes: backward takes two, one for the inputs and one for the weights."""
+    return 3.0 * forward_flops_per_token(model, context_tokens)
+
+
+@dataclass(frozen=True)
+class CacheBytes:
+    """What decoding one row keeps: so much for each of its tokens, and so much however long it is."""
+
+    per_token: int
+    fixed: int
+
+
+def cache_bytes(spec: ModelSpec, dtype: torch.dtype = torch.bfloat16) -> CacheBytes:
+    """Bytes of a row's cache, from the states that a model without weights makes."""
+    model = on_meta(spec).to(dtype)
+    sizes = [model.new_cache(1, spec.context_tokens + more).nbytes for more in (0, 1)]
+    per_token = sizes[1] - sizes[0]
+    return CacheBytes(per_token, sizes[0] - per_token * spec.context_tokens)
 
 
 def on_meta(spec: ModelSpec) -> Any:

@@ -75,3 +75,18 @@ def newton_schulz(x: NDArray[Any], num_iterations: int) -> NDArray[Any]:
         values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
     product: NDArray[Any] = (left * values) @ right
     return product
+
+
+def lion(
+    parameters: Arrays, gradients: Arrays, state: State, config: Mapping[str, Any], lr: float
+) -> tuple[dict[str, NDArray[Any]], State]:
+    """One step of arXiv 2302.06675, algorithm 2. Matrices decay, vectors don't."""
+    moved, moments = {}, {}
+    for name, theta in parameters.items():
+        gradient, zero = gradients[name], np.zeros_like(theta)
+        momentum = state.moments.get(name, (zero, zero))[0]
+        direction = np.sign(config["beta1"] * momentum + (1 - config["beta1"]) * gradient)
+        decay = config["weight_decay"] if theta.ndim >= 2 else 0.0
+        moved[name] = theta - lr * (direction + decay * theta)
+        moments[name] = (config["beta2"] * momentum + (1 - config["beta2"]) * gradient, zero)
+    return moved, State(state.num_steps + 1, moments)

@@ -31,3 +31,16 @@ def wsd(config: Mapping[str, Any], num_steps: int) -> NDArray[Any]:
     length = min(round(config["decay_share"] * num_steps), num_steps - len(up))
     down = np.linspace(config["final_share"], 1.0, length)[::-1]
     return np.concatenate([up, np.ones(num_steps - len(up) - length), down])
+
+
+def linear(config: Mapping[str, Any], num_steps: int) -> NDArray[Any]:
+    """A straight line from 1 to the final share, which the step after the last would have: arXiv 1810.04805, A.2."""
+    up = warmup(config, num_steps)
+    return np.concatenate([up, np.linspace(1.0, config["final_share"], num_steps - len(up) + 1)[:-1]])
+
+
+def inverse_sqrt(config: Mapping[str, Any], num_steps: int) -> NDArray[Any]:
+    """min(n^-0.5, n w^-1.5) divided by its highest value, w^-0.5: arXiv 1706.03762, equation 3."""
+    width = max(1, len(warmup(config, num_steps)))
+    n = np.arange(1, num_steps + 1)
+    return np.minimum(n**-0.5, n * width**-1.5) * width**0.5

@@ -24,7 +24,7 @@ from ulm.checkpoints import store
 from ulm.checkpoints.manifest import read_manifest
 from ulm.components.cache import Cache
 from ulm.errors import ModelNotFoundError, UlmError
-from ulm.models.account import num_parameters
+from ulm.models.account import cache_bytes, num_parameters
 from ulm.models.decoder import Decoder
 from ulm.models.generate import room
 from ulm.registry import KindConfig, register
@@ -119,8 +119,8 @@ class LocalEngine:
         path = Path(checkpoint)
         loaded, tokenizer = await asyncio.to_thread(store.load, path, self._device)
         model = cast(Decoder, loaded.eval().requires_grad_(False))
-        heads = getattr(model.spec.attention, "num_kv_heads", 1)
-        row_bytes = 2 * 4 * model.spec.num_layers * heads * model.spec.head_dim * (model.spec.context_tokens + 1)
+        size = cache_bytes(model.spec, next(model.parameters()).dtype)
+        row_bytes = size.fixed + size.per_token * model.spec.context_tokens
         max_rows = max(1, min(self.config.max_rows, self.config.kv_cache_bytes // row_bytes))
         info = MemberInfo(
             str(path),

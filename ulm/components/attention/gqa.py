@@ -2,51 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Self
-
-from pydantic import Field, model_validator
+import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from ulm.components.attend import attend
-from ulm.components.cache import LayerCache
+from ulm.components.attention._projected import HeadsConfig, Projected
+from ulm.components.cache import KeyValues
 from ulm.components.contracts import Mask, ModelDims, Position
-from ulm.registry import KindConfig, register
+from ulm.registry import register
 
 
-class Config(KindConfig):
-    """Heads; `head_dim` None means d_model / num_heads."""
+class Config(HeadsConfig):
+    """Heads, and what may be done to their scores."""
 
-    num_heads: int = Field(8, ge=1)
-    num_kv_heads: int = Field(8, ge=1)
-    head_dim: int | None = None
-
-    @model_validator(mode="after")
-    def _groups(self) -> Self:
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError("num_heads must be a multiple of num_kv_heads")
-        return self
+    soft_cap: float | None = Field(None, gt=0)  # scores stay within +- soft_cap (arXiv 2408.00118, section 2.3)
+    sinks: bool = False  # a learned score per head that takes attention from all tokens (arXiv 2508.10925, 2.1.2)
 
 
 @register("attention", Config)
-class GroupedQueryAttention(nn.Module):
+class GroupedQueryAttention(Projected):
     """softmax(q k^T / sqrt(E)) v over H heads in K groups: arXiv 2305.13245."""
 
     def __init__(self, config: Config, dims: ModelDims, position: Position, layer: int) -> None:
-        super().__init__()
-        self.position = position
-        self.q = nn.Linear(dims.d_model, config.num_heads * dims.head_dim, bias=False)
-        self.k = nn.Linear(dims.d_model, config.num_kv_heads * dims.head_dim, bias=False)
-        self.v = nn.Linear(dims.d_model, config.num_kv_heads * dims.head_dim, bias=False)
-        self.out = nn.Linear(config.num_heads * dims.head_dim, dims.d_model, bias=False)
-        self.head_dim = dims.head_dim
+        super().__init__(config, dims, position, layer)
+        self.soft_cap = config.soft_cap
+        self.sinks = nn.Parameter(torch.zeros(config.num_heads)) if config.sinks else None
 
     def forward(
-        self, x_BTD: Tensor, *, positions_BT: Tensor, mask: Mask, cache: LayerCache | None = None, num_known: int = 0
+        self,
+        x_BTD: Tensor,
+        *,
+        positions_BT: Tensor,
+        mask: Mask,
+        cache: KeyValues | None = None,
+        values_BTJ: Tensor | None = None,
     ) -> Tensor:
-        """Mix tokens, as out_BTD. With a cache, appends the T new keys and values and reads `num_known` slots."""
-        q_BTHE = self.position.rotate(self.q(x_BTD).unflatten(-1, (-1, self.head_dim)), positions_BT)
-        k_BSKE = self.position.rotate(self.k(x_BTD).unflatten(-1, (-1, self.head_dim)), positions_BT)
-        v_BSKE = self.v(x_BTD).unflatten(-1, (-1, self.head_dim))
+        """Mix tokens, as out_BTD. With a cache, appends the T new keys and values and reads what the mask's places say.
+
+        `values_BTJ`, J = K E, is added to the values.
+        """
+        q_BTHE, k_BSKE, v_BSKE = self.project(x_BTD, positions_BT, values_BTJ)
         if cache is not None:
-            k_BSKE, v_BSKE = cache.append(k_BSKE, v_BSKE, positions_BT, num_known)
-        return self.out(attend(q_BTHE, k_BSKE, v_BSKE, mask).flatten(-2))
+            assert mask.places is not None
+            k_BSKE, v_BSKE = cache.append(k_BSKE, v_BSKE, mask.places)
+        bias_BHTS = self.bias(positions_BT, mask.places)
+        out_BTHE = attend(q_BTHE, k_BSKE, v_BSKE, mask, bias_BHTS, soft_cap=self.soft_cap, sinks_H=self.sinks)
+        return self.out(out_BTHE.flatten(-2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -10,19 +12,26 @@ from ulm.registry import KindConfig, register
 
 
 class Config(KindConfig):
-    """`tied`: the same table is the output head (arXiv 1608.05859)."""
+    """`tied`: the same table is the output head (arXiv 1608.05859). `scaled`: vectors times sqrt(d_model)."""
 
     tied: bool = True
+    scaled: bool = False  # arXiv 1706.03762, section 3.4
 
 
 @register("embedding", Config)
 class TokenEmbedding(nn.Module):
     """x = table[token]. Stored rows are padded to a multiple of 64 for the kernels; ids stay below vocab_size."""
 
-    def __init__(self, config: Config, dims: ModelDims) -> None:
+    def __init__(self, config: Any, dims: ModelDims) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(-(-dims.vocab_size // 64) * 64, dims.d_model))
+        self.scale = dims.d_model**0.5 if config.scaled else None
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Vectors of tokens, as x_BTD."""
-        return nn.functional.embedding(tokens_BT, self.weight)
+        x_BTD = nn.functional.embedding(tokens_BT, self.weight)
+        return x_BTD if self.scale is None else x_BTD * self.scale
+
+    def values(self, tokens_BT: Tensor, layer: int) -> Tensor | None:
+        """None: attention's values come from the layer's input alone."""
+        return None

@@ -17,7 +17,7 @@ class Config(KindConfig):
 class LogitsHead(nn.Module):
     """logits = x W^T, cut to the vocabulary. With `tied` the matrix is the embedding table."""
 
-    def __init__(self, config: Config, dims: ModelDims, tied: nn.Parameter | None) -> None:
+    def __init__(self, config: KindConfig, dims: ModelDims, tied: nn.Parameter | None) -> None:
         super().__init__()
         self.vocab_size = dims.vocab_size
         num_rows = -(-dims.vocab_size // 64) * 64  # as the embedding table's

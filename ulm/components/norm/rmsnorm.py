@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from ulm.components.contracts import ModelDims
@@ -12,7 +13,7 @@ from ulm.registry import KindConfig, register
 class Config(KindConfig):
     """`eps` keeps a zero vector finite."""
 
-    eps: float = 1e-6
+    eps: float = Field(1e-6, gt=0)
 
 
 @register("norm", Config)

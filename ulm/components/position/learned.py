@@ -20,6 +20,8 @@ class Config(KindConfig):
 class LearnedPosition(nn.Module):
     """x + table[position], before the first layer: arXiv 1706.03762, section 3.5, with learned vectors as in GPT-2."""
 
+    has_bias = False
+
     def __init__(self, config: Config, dims: ModelDims) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.max_tokens or dims.context_tokens, dims.d_model))

@@ -2,46 +2,86 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any, Literal, Self
+
 import torch
-from torch import Tensor, nn
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ulm.components.contracts import ModelDims
-from ulm.registry import KindConfig, register
+from ulm.components.position._rotary import Frequencies, Rotary, RotaryConfig, positions
+from ulm.errors import ConfigError
+from ulm.registry import register
 
 
-class Config(KindConfig):
-    """`theta` is the base of the angles' geometric series."""
+class Scaling(BaseModel):
+    """How a model that was trained on `original_context_tokens` reads `factor` times as many."""
 
-    theta: float = 10_000.0
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["linear", "ntk", "yarn"]
+    factor: float = Field(ge=1)
+    original_context_tokens: int | None = Field(None, ge=2)  # yarn: what the pairs' wave lengths are compared with
+    slow_turns: float = Field(1.0, gt=0)  # yarn: a pair that turns less often within it is slowed by the factor
+    fast_turns: float = Field(32.0, gt=0)  # yarn: one that turns more often stays as it is
+    attention_factor: float | None = Field(None, gt=0)  # yarn: of queries and keys; None: 0.1 ln(factor) + 1
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> Self:
+        if self.kind == "yarn" and self.original_context_tokens is None:
+            raise ConfigError("position.scaling.original_context_tokens", "is missing", "the context it was trained on")
+        if self.slow_turns >= self.fast_turns:
+            problem = f"{self.slow_turns:g} is not below fast_turns, which is {self.fast_turns:g}"
+            raise ConfigError("position.scaling.slow_turns", problem, "the paper's 1 and 32")
+        return self
+
+
+class Config(RotaryConfig):
+    """Frequencies, and how they are scaled to a longer context."""
+
+    scaling: Scaling | None = None
 
 
 @register("position", Config)
-class RotaryPosition(nn.Module):
-    """x_i, x_{i+E/2} turned by position * theta^(-2i/E): arXiv 2104.09864, equation 34, halves paired as in Llama."""
+class RotaryPosition(Rotary):
+    """Pair i turned by position * theta^(-2i/E): arXiv 2104.09864, equation 34.
 
-    cos_SE: Tensor
-    sin_SE: Tensor
+    Scaling: linear divides every angle by the factor (arXiv 2306.15595, equation 4); ntk raises theta so that the
+    slowest pair is divided by it and the fastest is not (arXiv 2309.00071, section 3.1); yarn divides the slow pairs,
+    leaves the fast ones, and sharpens the scores (arXiv 2309.00071, sections 3.2 and 3.3).
+    """
 
     def __init__(self, config: Config, dims: ModelDims) -> None:
-        super().__init__()
-        exponents = torch.arange(0, dims.head_dim, 2, dtype=torch.float64) / dims.head_dim
-        angles = torch.arange(dims.context_tokens + 1, dtype=torch.float64)[:, None] * config.theta**-exponents
-        # float64 angles: at float32 the table already differs in the last bits at position 1,000
-        self.register_buffer("cos_SE", torch.cat([angles.cos(), angles.cos()], dim=-1).float(), persistent=False)
-        self.register_buffer("sin_SE", torch.cat([-angles.sin(), angles.sin()], dim=-1).float(), persistent=False)
+        angles_SF = positions(dims) * torch.tensor(scaled(config, dims.head_dim), dtype=torch.float64)
+        super().__init__(angles_SF, _attention_factor(config.scaling))
 
-    def embed(self, x_BTD: Tensor, positions_BT: Tensor) -> Tensor:
-        """x as it is."""
-        return x_BTD
 
-    def rotate(self, x_BTHE: Tensor, positions_BT: Tensor) -> Tensor:
-        """x turned by its positions, in x's dtype."""
-        cos = self.cos_SE[positions_BT][:, :, None].to(x_BTHE.dtype)
-        sin = self.sin_SE[positions_BT][:, :, None].to(x_BTHE.dtype)
-        first, second = x_BTHE.chunk(2, dim=-1)
-        # the minus of the rotation stands in the table: a third faster, forward and backward, than negating here
-        return torch.addcmul(x_BTHE * cos, torch.cat([second, first], dim=-1), sin)
+def scaled(config: Config, head_dim: int) -> Frequencies:
+    """The frequency of each pair."""
+    scaling, usual = config.scaling, config.frequencies(head_dim)
+    if scaling is None:
+        return usual
+    width = 2 * len(usual)
+    match scaling.kind:
+        case "linear":
+            return [frequency / scaling.factor for frequency in usual]
+        case "ntk":
+            theta = config.theta * scaling.factor ** (width / max(width - 2, 1))
+            return [theta ** (-2 * i / width) for i in range(width // 2)]
+        case "yarn":
+            assert scaling.original_context_tokens is not None
+            return [_by_turns(frequency, scaling, scaling.original_context_tokens) for frequency in usual]
 
-    def bias(self, positions_BT: Tensor, positions_BS: Tensor) -> Tensor | None:
-        """None: rotation is all."""
-        return None
+
+def _by_turns(frequency: float, scaling: Scaling, original: int) -> float:
+    """(1 - g) frequency / factor + g frequency, g rising with the turns that the pair makes in the original context."""
+    turns = original * frequency / (2 * math.pi)
+    share = (turns - scaling.slow_turns) / (scaling.fast_turns - scaling.slow_turns)
+    share = min(1.0, max(0.0, share))
+    return (1 - share) * frequency / scaling.factor + share * frequency
+
+
+def _attention_factor(scaling: Any) -> float:
+    if scaling is None or scaling.kind != "yarn":
+        return 1.0
+    return scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1

@@ -6,13 +6,13 @@ import math
 
 from pydantic import Field
 
-from ulm.registry import KindConfig, register
+from ulm.components.schedule._warmup import WarmUpConfig
+from ulm.registry import register
 
 
-class Config(KindConfig):
+class Config(WarmUpConfig):
     """Shares are of all steps (warm-up) and of the peak rate (final)."""
 
-    warmup_steps: int | None = Field(None, ge=0)  # None: 2 % of the steps, 10 to 1,000
     final_share: float = Field(0.1, ge=0, le=1)
 
 
@@ -23,8 +23,7 @@ class Cosine:
     @staticmethod
     def share(config: Config, step: int, num_steps: int) -> float:
         """Rate at `step` (from 0) of `num_steps`, as a share of the peak."""
-        warmup = config.warmup_steps if config.warmup_steps is not None else min(1000, max(10, num_steps // 50))
-        warmup = min(warmup, num_steps)
+        warmup = config.warmup(num_steps)
         if step < warmup:
             return (step + 1) / warmup
         done = (step - warmup) / max(1, num_steps - warmup)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from ulm.registry import KindConfig, register
+from ulm.components.schedule._warmup import WarmUpConfig
+from ulm.registry import register
 
 
-class Config(KindConfig):
+class Config(WarmUpConfig):
     """`decay_share` 0 holds the peak to the end, 1 falls from the warm-up on."""
 
-    warmup_steps: int | None = Field(None, ge=0)  # None: 2 % of the steps, 10 to 1,000
     decay_share: float = Field(0.3, ge=0, le=1)  # of all steps
     final_share: float = Field(0.1, ge=0, le=1)  # of the peak rate
 
@@ -22,8 +22,7 @@ class WarmupHoldDecay:
     @staticmethod
     def share(config: Config, step: int, num_steps: int) -> float:
         """Rate at `step` (from 0) of `num_steps`, as a share of the peak."""
-        warmup = config.warmup_steps if config.warmup_steps is not None else min(1000, max(10, num_steps // 50))
-        warmup = min(warmup, num_steps)
+        warmup = config.warmup(num_steps)
         if step < warmup:
             return (step + 1) / warmup
         decay = min(round(config.decay_share * num_steps), num_steps - warmup)

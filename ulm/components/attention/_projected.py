@@ -1,0 +1,78 @@
+"""What the kinds of attention that have heads share: the projections of queries, keys and values."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from ulm.components.cache import KeyValues
+from ulm.components.contracts import ModelDims, Position
+from ulm.errors import ConfigError
+from ulm.registry import KindConfig
+
+
+class HeadsConfig(KindConfig):
+    """Heads; `head_dim` None means d_model / num_heads."""
+
+    num_heads: int = Field(8, ge=1)
+    num_kv_heads: int = Field(8, ge=1)
+    head_dim: int | None = Field(None, ge=1)
+    bias: bool = False  # of the four projections
+    qk_norm: bool = False  # RMSNorm of each query and key, before its rotation (arXiv 2302.05442, section 2)
+
+    @model_validator(mode="after")
+    def _groups(self) -> Self:
+        if self.num_heads % self.num_kv_heads:
+            problem = f"{self.num_kv_heads} does not divide num_heads, which is {self.num_heads}"
+            raise ConfigError("attention.num_kv_heads", problem, "as many, or a divisor")
+        return self
+
+
+class Projected(nn.Module):
+    """Queries of H heads, keys and values of K, and the projection of the heads' outputs.
+
+    What a kind says of itself: the masks it can keep, whether its scores take a bias, whether it reads a source.
+    """
+
+    masks: ClassVar[frozenset[str]] = frozenset({"causal", "padding", "document", "prefix"})
+    takes_bias: ClassVar[bool] = True
+    needs_source: ClassVar[bool] = False
+
+    def __init__(self, config: Any, dims: ModelDims, position: Position, layer: int) -> None:
+        super().__init__()
+        self.position = position
+        self.head_dim, self.num_heads, self.num_kv_heads = dims.head_dim, config.num_heads, config.num_kv_heads
+        self.q = nn.Linear(dims.d_model, config.num_heads * dims.head_dim, bias=config.bias)
+        self.k = nn.Linear(dims.d_model, config.num_kv_heads * dims.head_dim, bias=config.bias)
+        self.v = nn.Linear(dims.d_model, config.num_kv_heads * dims.head_dim, bias=config.bias)
+        self.out = nn.Linear(config.num_heads * dims.head_dim, dims.d_model, bias=config.bias)
+        self.q_norm = nn.RMSNorm(dims.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(dims.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+
+    def project(
+        self, x_BTD: Tensor, positions_BT: Tensor, values_BTJ: Tensor | None, *, turned: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q_BTHE, k_BTKE, v_BTKE; queries and keys turned by their positions, `values_BTJ` added to the values."""
+        q_BTHE = self.q(x_BTD).unflatten(-1, (-1, self.head_dim))
+        k_BTKE = self.k(x_BTD).unflatten(-1, (-1, self.head_dim))
+        v_BTJ = self.v(x_BTD) if values_BTJ is None else self.v(x_BTD) + values_BTJ
+        q_BTHE, k_BTKE = self.q_norm(q_BTHE), self.k_norm(k_BTKE)
+        if turned:
+            q_BTHE, k_BTKE = (self.position.rotate(x, positions_BT) for x in (q_BTHE, k_BTKE))
+        return q_BTHE, k_BTKE, v_BTJ.unflatten(-1, (-1, self.head_dim))
+
+    def bias(self, positions_BT: Tensor, places: Any) -> Tensor | None:
+        """What the position kind adds to the scores, as bias_BHTS or None."""
+        if places is None:
+            return self.position.bias(positions_BT, positions_BT)
+        return self.position.bias(places.q_positions_BT, places.k_positions_BS)
+
+    def new_state(self, batch: int, max_tokens: int, like: Tensor) -> Any:
+        """An empty state of B rows for decoding."""
+        return KeyValues.empty(batch, max_tokens, self.num_kv_heads, self.head_dim, like)
+
+    def attend_flops(self, context_tokens: int) -> float:
+        """Forward FLOPs per token beside the matrices: scores and values, half of all pairs for causality."""
+        return 4.0 * self.num_heads * self.head_dim * context_tokens / 2

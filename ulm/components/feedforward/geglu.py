@@ -1,0 +1,34 @@
+"""GEGLU: a feed-forward layer whose hidden units are gated by GELU of a second projection."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+from ulm.components.contracts import ModelDims
+from ulm.registry import KindConfig, register
+
+
+class Config(KindConfig):
+    """`d_hidden` None means 8/3 d_model, rounded up to a multiple of 32."""
+
+    d_hidden: int | None = Field(None, ge=1)
+    approximate: bool = False  # by tanh, as Gemma computes it
+
+
+@register("feedforward", Config)
+class GEGLU(nn.Module):
+    """(GELU(x W_gate) * x W_up) W_out: arXiv 2002.05202, equation 6."""
+
+    def __init__(self, config: Config, dims: ModelDims, layer: int) -> None:
+        super().__init__()
+        d_hidden = config.d_hidden or -(-8 * dims.d_model // (3 * 32)) * 32
+        self.gate = nn.Linear(dims.d_model, d_hidden, bias=False)
+        self.up = nn.Linear(dims.d_model, d_hidden, bias=False)
+        self.out = nn.Linear(d_hidden, dims.d_model, bias=False)
+        self.approximate = "tanh" if config.approximate else "none"
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Each token on its own, as out_BTD."""
+        return self.out(gelu(self.gate(x_BTD), approximate=self.approximate) * self.up(x_BTD))
