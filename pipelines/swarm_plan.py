@@ -52,7 +52,8 @@ def plan_swarm(
 
     `over` and `progress`: for the clustering, see pipelines/corpus/over.py.
     """
-    shared = {field: getattr(recipe, field) for field in TrainingRecipe.model_fields}
+    given = TrainingRecipe.model_fields.keys() & recipe.model_fields_set  # a preset proposes the rest
+    shared = {field: getattr(recipe, field) for field in given}
     whole = resolve(TrainRecipe(**shared), root=root, near=near)
     expert_steps = round(whole.num_steps * (1 - recipe.seed_share)) // recipe.experts
     seed_steps = whole.num_steps - expert_steps * recipe.experts

@@ -19,6 +19,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate, cycle, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -136,10 +137,20 @@ def _shape(asked: float, d_model: int, make: Make) -> _Shape:
     best = min(max(1, steps), most)
     if not specs[0].blocks:
         return _Shape(make({**fields, "num_layers": step * best}), one + (best - 1) * (two - one), asked)
-    reach = sum(entry.repeat for entry in specs[0].blocks)  # of layers that differ the sum is no straight line
-    near = range(max(1, best - reach), min(most, best + reach) + 1)
-    found = [make({**fields, "num_layers": step * number}) for number in near]
-    return min((_Shape(spec, _parameters(spec), asked) for spec in found), key=lambda shape: shape.miss)
+    totals = list(islice(_totals(specs[0], step), most))
+    best = min(range(len(totals)), key=lambda number: abs(totals[number] - asked)) + 1
+    return _Shape(make({**fields, "num_layers": step * best}), totals[best - 1], asked)
+
+
+def _totals(spec: ModelSpec, step: int) -> Iterator[int]:
+    """Parameters of models of `step` layers and its multiples, whose blocks differ by a pattern."""
+    of_entries, base = [], 0
+    for entry in spec.blocks:
+        alike = [spec.model_copy(update={"blocks": (entry,), "num_layers": n * step}) for n in (1, 2)]
+        one, two = map(_parameters, alike)
+        of_entries += [two - one] * entry.repeat
+        base = 2 * one - two
+    return islice(accumulate(cycle(of_entries), initial=base), 1, None)
 
 
 def _least_depths(fields: dict[str, Any], make: Make) -> tuple[int, list[ModelSpec]]:

@@ -32,7 +32,7 @@ class LayerSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    repeat: int = Field(1, ge=1)
+    repeat: int = Field(1, ge=1, le=10_000)
     attention: SerializeAsAny[KindConfig]
     feedforward: SerializeAsAny[KindConfig]
     norm: SerializeAsAny[KindConfig]
@@ -65,7 +65,7 @@ class ModelSpec(BaseModel):
     norm_placement: Placement = "before"
     embedding_norm: bool = False  # one more norm, before the first layer (arXiv 2211.05100, section 3.2.2)
     # Layers that differ: a pattern, from the first layer on, again and again. What an entry leaves out is as above.
-    blocks: tuple[LayerSpec, ...] = ()
+    blocks: tuple[LayerSpec, ...] = Field((), max_length=1_000)
     layers_per_block: int = Field(1, ge=1)  # layers in a row that share one block's weights (arXiv 2402.14905, 3.3)
 
     @field_validator(*SLOTS, mode="before")

@@ -20,7 +20,7 @@ from ulm.errors import ConfigError
 from ulm.models.account import num_parameters, on_meta
 from ulm.recipes.train import Train, TrainingRecipe, TrainRecipe
 from ulm.registry import KindConfig, configure
-from ulm.spec import SLOTS, ModelSpec
+from ulm.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,9 @@ def resolve(recipe: TrainRecipe, *, root: Path, near: Path | None = None) -> Tra
     defaults = {} if _model_from_checkpoint(recipe) else ModelSpec.training_defaults(recipe.model)
     defaults = {**dial.training_defaults(_parameters(spec)), **defaults}
     batch_tokens = _batch_tokens(train, spec, defaults["batch_tokens"])
-    is_open = "optimizer" not in recipe.model_fields_set
-    optimizer = configure("optimizer", defaults.get("optimizer", recipe.optimizer) if is_open else recipe.optimizer)
+    usual = defaults.get("optimizer", {"kind": "adamw"})
+    given = recipe.optimizer if "kind" in recipe.optimizer else {**usual, **recipe.optimizer}
+    optimizer = configure("optimizer", given)
     if getattr(optimizer, "lr", None) is None:
         optimizer = optimizer.model_copy(
             update={"lr": defaults["lr"] * getattr(registry.find("optimizer", optimizer.kind), "lr_share", 1.0)}
@@ -155,7 +156,7 @@ def _check_same(spec: ModelSpec, base: ModelSpec, init_from: Path, corpus: Corpu
     """Weights are only worth something in the model and for the tokens that they were trained with."""
     if read_manifest(init_from).tokenizer_digest != corpus.tokenizer.digest:
         raise ConfigError("init_from", f"{init_from} has another tokenizer than the corpus", "build the corpus with it")
-    for field in ("model", "d_model", "num_layers", *SLOTS):
+    for field in (name for name in ModelSpec.model_fields if name not in ("vocab_size", "context_tokens")):
         if getattr(spec, field) != getattr(base, field):
             remedy = "leave model out to take the checkpoint's"
             raise ConfigError("init_from", f"its model has another {field} than this recipe's", remedy)

@@ -237,6 +237,9 @@ def test_a_recipe_without_a_model_takes_the_one_it_begins_with(task, root):
     fields = {"name": "b", "corpus": "written", "init_from": str(checkpoint), "train": {"steps": 1}}
     assert resolve(validate(TrainRecipe, fields), root=root).spec == task().spec
     other = validate(TrainRecipe, {**fields, "model": {"preset": "nano", "num_layers": 2, "context_tokens": 64}})
+    after = {**fields, "model": {"preset": "nano", "norm_placement": "after", "context_tokens": 64}}
+    with pytest.raises(ConfigError, match="init_from: its model has another norm_placement"):
+        resolve(validate(TrainRecipe, after), root=root)
     with pytest.raises(ConfigError, match="init_from: its model has another num_layers"):
         resolve(other, root=root)
 

@@ -23,7 +23,7 @@ def test_the_minimal_train_recipe_has_the_defaults_and_the_name_of_its_file(tmp_
     recipe = load_recipe("train", written(tmp_path, TRAIN))
     assert (recipe.name, recipe.corpus, recipe.model) == ("first-run", "stories", "nano")
     assert (recipe.train.steps, recipe.train.workers, recipe.train.clip_norm) == (30, 1, 1.0)
-    assert (recipe.optimizer, recipe.schedule) == ({"kind": "adamw"}, {"kind": "cosine"})
+    assert (recipe.optimizer, recipe.schedule) == ({}, {"kind": "cosine"})
     assert load_recipe("train", written(tmp_path, TRAIN + "name: other\n")).name == "other"
 
 

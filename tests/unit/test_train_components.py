@@ -116,5 +116,7 @@ def test_a_preset_proposes_its_optimizer_where_the_recipe_names_none(task):
     assert task({"preset": "modern", "size": "nano"}).optimizer.kind == "muon"
     assert task({"preset": "modern", "size": "nano"}, optimizer={"kind": "adamw"}).optimizer.kind == "adamw"
     assert task({"preset": "llama-like", "size": "nano"}).optimizer.kind == "adamw"
+    slower = task({"preset": "modern", "size": "nano"}, optimizer={"lr": 1e-3}).optimizer
+    assert (slower.kind, slower.lr) == ("muon", 1e-3)
     lion, usual = task({}, optimizer={"kind": "lion"}), task({})
     assert lion.optimizer.lr == pytest.approx(usual.optimizer.lr / 10)

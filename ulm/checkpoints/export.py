@@ -60,6 +60,7 @@ def export_hf(model: Any, tokenizer: Tokenizer, folder: Path | str, *, dtype: st
     if tokenizer.vocab_size != model.vocab_size:
         sizes = f"has {tokenizer.vocab_size} tokens, the model {model.vocab_size}"
         raise ConfigError("tokenizer", sizes, "export a model with the tokenizer it was trained with")
+    check_llama(model.spec)
     config = llama_config(model.spec, model.blocks[0].feedforward.gate.out_features, tokenizer.eot_id, dtype)
     with artefacts.new_folder(folder) as partial:
         save_file(llama_weights(model, DTYPES[dtype]), partial / "model.safetensors", metadata={"format": "pt"})
@@ -71,8 +72,7 @@ def export_hf(model: Any, tokenizer: Tokenizer, folder: Path | str, *, dtype: st
 
 
 def llama_config(spec: ModelSpec, d_hidden: int, eot_id: int, dtype: str) -> dict[str, Any]:
-    """config.json of a spec; UnsupportedError names what a Llama does not have."""
-    check_llama(spec)
+    """config.json of a spec that `check_llama` accepts."""
     given: dict[str, dict[str, Any]] = {slot: getattr(spec, slot).model_dump() for slot in LLAMA}
     theta = given["position"]["theta"]
     return {

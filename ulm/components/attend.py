@@ -120,7 +120,9 @@ def _flex(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, mask: Mask, soft_cap: 
     def capped(score: Tensor, b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
         return score if soft_cap is None else soft_cap * torch.tanh(score / soft_cap)
 
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BSKE, v_BSKE))
+    # FlexAttention takes one dtype and knows nothing of autocast, which leaves normed queries and keys in float32.
+    dtype = torch.get_autocast_dtype("cuda") if q_BTHE.is_cuda and torch.is_autocast_enabled("cuda") else q_BTHE.dtype
+    q, k, v = (x.transpose(1, 2).to(dtype) for x in (q_BTHE, k_BSKE, v_BSKE))
     blocks = create_block_mask(allowed, len(q), None, q.shape[2], k.shape[2], device=str(q.device))
     flex = _compiled_flex() if q.is_cuda else flex_attention
     out: Tensor = flex(q, k, v, score_mod=None if soft_cap is None else capped, block_mask=blocks, enable_gqa=True)

@@ -87,16 +87,19 @@ class Cache:
                 part = slice(length) if isinstance(layer, KeyValues) else slice(None)  # no more than counts
                 x[target, part] = x[source, part]
         self.lengths_B[target] = length
+        if self.prefix_tokens_B is not None:
+            self.prefix_tokens_B[target] = self.prefix_tokens_B[source]
 
     def truncate(self, row: int, length: int) -> int:
         """Forget what a row holds beyond `length`; returns how much it still holds.
 
         A bounded or recurrent state cannot go back, so such a row is emptied instead, and its text must be run again.
         """
-        kept = min(length, int(self.lengths_B[row]))
-        if kept < int(self.lengths_B[row]) and not all(
-            layer.can_forget(int(self.lengths_B[row])) for layer in self.layers
-        ):
+        held = int(self.lengths_B[row])
+        kept = min(length, held)
+        # What would be left of a prefix has seen the rest of it.
+        in_prefix = self.prefix_tokens_B is not None and kept < int(self.prefix_tokens_B[row])
+        if kept < held and (in_prefix or not all(layer.can_forget(held) for layer in self.layers)):
             kept = 0
         self.lengths_B[row] = kept
         return kept

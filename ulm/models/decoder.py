@@ -159,8 +159,9 @@ class Decoder(nn.Module):
         return positions_BT, Mask(masks, places).dense()
 
     def auxiliary_loss(self) -> Tensor | None:
-        """What layers add to the training loss for the last `hidden`, per target; None where none does."""
+        """What layers add to the training loss for the last `hidden`, per target; told once. None where none does."""
         found = [loss for block in self.blocks for loss in getattr(block.feedforward, "auxiliary_losses", ())]
+        self._forget_losses()
         return torch.stack(found).sum() if found else None
 
     def _forget_losses(self) -> None:

@@ -110,10 +110,12 @@ class Resources(Section):
     max_restarts: int = Field(3, ge=0)  # of lost workers, without a new checkpoint in between
 
 
-def _kind(slot: str, default: str) -> Any:
+def _kind(slot: str, default: str | None) -> Any:
     def check(given: Any) -> Any:
-        if isinstance(given, dict):
-            given = {"kind": default, **given}  # --set optimizer.lr=0.001
+        if isinstance(given, dict) and "kind" not in given:  # --set optimizer.lr=0.001
+            if default is None:
+                return given
+            given = {"kind": default, **given}
         return None if given is None else configure(slot, given).model_dump(exclude_unset=True)
 
     return check
@@ -125,14 +127,14 @@ class TrainingRecipe(Recipe):
     corpus: str  # name, digest or path
     model: str | dict[str, Any] = "nano"  # a size (nano, 25M), {preset, size, …}, or all fields of a spec
     train: Train
-    optimizer: dict[str, Any] = {"kind": "adamw"}
+    optimizer: dict[str, Any] = {}  # settings without a kind are laid over the preset's, else over adamw
     resources: Resources = Resources()
     early_stopping: EarlyStopping | None = None
     guard: Guard = Guard()
     samples: Samples = Samples()
     log_to: tuple[Literal["wandb", "mlflow"], ...] = ()  # beside TensorBoard
 
-    check_optimizer = field_validator("optimizer", mode="before")(_kind("optimizer", "adamw"))
+    check_optimizer = field_validator("optimizer", mode="before")(_kind("optimizer", None))
 
     @model_validator(mode="after")
     def _best_is_kept(self) -> Self:

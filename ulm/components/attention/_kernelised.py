@@ -84,8 +84,10 @@ class Kernelised(Projected):
             if cache is not None:
                 cache.kv_BKFE.copy_(end_BKFE)
                 cache.k_BKF.copy_(sums_BTKF[:, -1])
-            # No sum of positive features is 0 but that of a row's padding before its first token.
-            out_BTHE = out_BTHE / norms_BTH.clamp_min(torch.finfo(dtype).tiny)[..., None]
+            # Padding before a row's first token has a sum of 0; so have keys so large that no feature holds them. Those
+            # sums and their like would be infinite in the backward pass, where they are squared.
+            is_sum_BTH = norms_BTH > torch.finfo(dtype).tiny ** 0.5
+            out_BTHE = out_BTHE / torch.where(is_sum_BTH, norms_BTH, 1)[..., None]
         return self.out(out_BTHE.flatten(-2).to(x_BTD.dtype))
 
     def new_state(self, batch: int, max_tokens: int, like: Tensor) -> Sums:

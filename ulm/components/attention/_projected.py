@@ -16,8 +16,8 @@ from ulm.registry import KindConfig
 class HeadsConfig(KindConfig):
     """Heads; `head_dim` None means d_model / num_heads."""
 
-    num_heads: int = Field(8, ge=1)
-    num_kv_heads: int = Field(8, ge=1)
+    num_heads: int = Field(8, ge=1, le=4096)
+    num_kv_heads: int = Field(8, ge=1, le=4096)
     head_dim: int | None = Field(None, ge=1)
     bias: bool = False  # of the four projections
     qk_norm: bool = False  # RMSNorm of each query and key, before its rotation (arXiv 2302.05442, section 2)
@@ -28,6 +28,15 @@ class HeadsConfig(KindConfig):
             problem = f"{self.num_kv_heads} does not divide num_heads, which is {self.num_heads}"
             raise ConfigError("attention.num_kv_heads", problem, "as many, or a divisor")
         return self
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm in the dtype that autocast gives a projection: with a float32 weight torch warns and is slow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scaled, in x's dtype."""
+        weight: Tensor = self.weight.to(x.dtype)
+        return nn.functional.rms_norm(x, weight.shape, weight, self.eps)
 
 
 class Projected(nn.Module):
@@ -48,8 +57,8 @@ class Projected(nn.Module):
         self.k = nn.Linear(dims.d_model, config.num_kv_heads * dims.head_dim, bias=config.bias)
         self.v = nn.Linear(dims.d_model, config.num_kv_heads * dims.head_dim, bias=config.bias)
         self.out = nn.Linear(config.num_heads * dims.head_dim, dims.d_model, bias=config.bias)
-        self.q_norm = nn.RMSNorm(dims.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(dims.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(dims.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(dims.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
 
     def project(
         self, x_BTD: Tensor, positions_BT: Tensor, values_BTJ: Tensor | None, *, turned: bool = True

@@ -16,7 +16,7 @@ from ulm.registry import register
 class Config(HeadsConfig):
     """Heads, and what may be done to their scores."""
 
-    soft_cap: float | None = Field(None, gt=0)  # scores stay within +- soft_cap (arXiv 2408.00118, section 2.3)
+    soft_cap: float | None = Field(None, gt=0, le=1e4)  # scores stay within +- soft_cap (arXiv 2408.00118, section 2.3)
     sinks: bool = False  # a learned score per head that takes attention from all tokens (arXiv 2508.10925, 2.1.2)
 
 

@@ -17,7 +17,7 @@ from ulm.registry import register
 class Config(HeadsConfig):
     """More features estimate the softmax better; `seed` draws them, in each layer others."""
 
-    num_features: int = Field(64, ge=1)
+    num_features: int = Field(64, ge=1, le=2**14)
     seed: int = Field(0, ge=0, lt=2**40)  # a generator has 64 bits, and layers have their share
 
 
@@ -41,7 +41,8 @@ class PerformerAttention(Kernelised):
     def features(self, x_BTHE: Tensor, *, is_query: bool) -> Tensor:
         """exp(w x' - |x'|^2 / 2); a query's largest is made 1, which its norm takes out again.
 
-        Keys have no such scale, for one of all of them would look ahead: theirs is at most exp(|w|^2 / 2).
+        Keys have no such scale, for one of all of them would look ahead: theirs is at most exp(|w|^2 / 2), and
+        nothing where |k'| is beyond about 13: `qk_norm` keeps them smaller.
         """
         x_BTHE = x_BTHE * x_BTHE.shape[-1] ** -0.25
         powers_BTHF = x_BTHE @ self.w_FE.to(x_BTHE.dtype).T - x_BTHE.square().sum(-1, keepdim=True) / 2

@@ -21,9 +21,9 @@ from ulm.registry import configure, register
 class Config(HeadsConfig):
     """How far back a token sees, itself included, and what may be done to the scores."""
 
-    window_tokens: int = Field(256, ge=1)
-    num_sink_tokens: int = Field(0, ge=0)  # the first of a row, which every token sees too (arXiv 2309.17453)
-    soft_cap: float | None = Field(None, gt=0)  # scores stay within +- soft_cap (arXiv 2408.00118, section 2.3)
+    window_tokens: int = Field(256, ge=1, le=2**24)
+    num_sink_tokens: int = Field(0, ge=0, le=2**24)  # the first of a row, which every token sees too (arXiv 2309.17453)
+    soft_cap: float | None = Field(None, gt=0, le=1e4)  # scores stay within +- soft_cap (arXiv 2408.00118, section 2.3)
     sinks: bool = False  # a learned score per head that takes attention from all tokens (arXiv 2508.10925, 2.1.2)
 
 

@@ -13,7 +13,7 @@ from ulm.registry import KindConfig, register
 class Config(KindConfig):
     """`d_hidden` None means 4 d_model."""
 
-    d_hidden: int | None = Field(None, ge=1)
+    d_hidden: int | None = Field(None, ge=1, le=2**20)
     bias: bool = False  # of both projections
     approximate: bool = False  # by tanh, as GPT-2 and Bloom compute it
 

@@ -20,9 +20,9 @@ from ulm.registry import KindConfig, register
 class Config(KindConfig):
     """`d_hidden` is of each expert; None means 8/3 d_model, rounded up to a multiple of 32."""
 
-    num_experts: int = Field(8, ge=1)
+    num_experts: int = Field(8, ge=1, le=1024)
     experts_per_token: int = Field(2, ge=1)
-    d_hidden: int | None = Field(None, ge=1)
+    d_hidden: int | None = Field(None, ge=1, le=2**20)
     balance: float = Field(0.01, ge=0)  # weight of the loss that keeps experts equally busy (arXiv 2101.03961)
 
     @model_validator(mode="after")

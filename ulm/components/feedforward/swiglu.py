@@ -13,7 +13,7 @@ from ulm.registry import KindConfig, register
 class Config(KindConfig):
     """`d_hidden` None means 8/3 d_model, rounded up to a multiple of 32."""
 
-    d_hidden: int | None = Field(None, ge=1)
+    d_hidden: int | None = Field(None, ge=1, le=2**20)
 
 
 @register("feedforward", Config)

@@ -14,7 +14,7 @@ from ulm.registry import KindConfig, register
 class Config(KindConfig):
     """`cap`: no logit is above it, nor below its negative."""
 
-    cap: float = Field(30.0, gt=0)
+    cap: float = Field(30.0, gt=0, le=1e4)
 
 
 @register("head", Config)

@@ -18,7 +18,7 @@ Frequencies = list[float]  # radians per position, of each pair of dimensions
 class RotaryConfig(KindConfig):
     """`theta` is the base of the angles' geometric series; `rotary_dim` dimensions are turned, all when None."""
 
-    theta: float = Field(10_000.0, gt=1)
+    theta: float = Field(10_000.0, gt=1, le=1e12)
     rotary_dim: int | None = Field(None, ge=2)  # the first of each head (arXiv 2204.06745, section 2.1)
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ from ulm.registry import KindConfig, register
 class Config(KindConfig):
     """`max_tokens` None means the spec's context; a spec always states it, so that it says how long the table is."""
 
-    max_tokens: int | None = Field(None, ge=2)
+    max_tokens: int | None = Field(None, ge=2, le=2**24)
 
 
 @register("position", Config)

@@ -13,6 +13,7 @@ from ulm.components.position._rotary import Rotary, RotaryConfig, positions
 from ulm.errors import ConfigError
 from ulm.registry import register
 
+MIN_FACTOR = 1e-3
 Factors = tuple[float, ...] | None  # one for each pair of dimensions; None: 1 for all
 
 
@@ -24,9 +25,10 @@ class Config(RotaryConfig):
 
     short_factors: Factors = None
     long_factors: Factors = None
-    original_context_tokens: int | None = Field(None, ge=2)
-    keep_first_tokens: int = Field(0, ge=0)  # positions that are turned as by rope, whatever the factors
-    attention_factor: float | None = Field(None, gt=0)  # of queries and keys; None: sqrt(1 + ln(longer) / ln(original))
+    original_context_tokens: int | None = Field(None, ge=2, le=2**24)
+    keep_first_tokens: int = Field(0, ge=0, le=2**24)  # positions that are turned as by rope, whatever the factors
+    # Of queries and keys; None: sqrt(1 + ln(longer) / ln(original)).
+    attention_factor: float | None = Field(None, ge=0.01, le=100)
 
     def check(self, spec: Any) -> None:
         """ConfigError where there are not as many factors as pairs, or one is not positive."""
@@ -37,8 +39,10 @@ class Config(RotaryConfig):
             if factors is not None and len(factors) != pairs:
                 problem = f"{len(factors)} factors, and {pairs} pairs of dimensions turn"
                 raise ConfigError(f"position.{name}", problem, "one for each pair")
-            if factors is not None and min(factors) <= 0:
-                raise ConfigError(f"position.{name}", f"{min(factors)} is not positive", "1 leaves a pair as it is")
+            if factors is not None and not MIN_FACTOR <= min(factors) <= max(factors) <= 1 / MIN_FACTOR:
+                problem = f"{min(factors)} to {max(factors)}"
+                remedy = f"from {MIN_FACTOR} to {1 / MIN_FACTOR:g}; 1 leaves a pair as it is"
+                raise ConfigError(f"position.{name}", problem, remedy)
 
 
 @register("position", Config)

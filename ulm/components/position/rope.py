@@ -20,11 +20,11 @@ class Scaling(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: Literal["linear", "ntk", "yarn"]
-    factor: float = Field(ge=1)
-    original_context_tokens: int | None = Field(None, ge=2)  # yarn: what the pairs' wave lengths are compared with
-    slow_turns: float = Field(1.0, gt=0)  # yarn: a pair that turns less often within it is slowed by the factor
-    fast_turns: float = Field(32.0, gt=0)  # yarn: one that turns more often stays as it is
-    attention_factor: float | None = Field(None, gt=0)  # yarn: of queries and keys; None: 0.1 ln(factor) + 1
+    factor: float = Field(ge=1, le=1e6)
+    original_context_tokens: int | None = Field(None, ge=2, le=2**24)  # yarn: what wave lengths are compared with
+    slow_turns: float = Field(1.0, gt=0, le=1e6)  # yarn: a pair that turns less often within it is slowed by the factor
+    fast_turns: float = Field(32.0, gt=0, le=1e6)  # yarn: one that turns more often stays as it is
+    attention_factor: float | None = Field(None, ge=0.01, le=100)  # yarn: of queries and keys; None: 0.1 ln(factor) + 1
 
     @model_validator(mode="after")
     def _of_its_kind(self) -> Self:

@@ -13,7 +13,7 @@ from ulm.registry import KindConfig, register
 class Config(KindConfig):
     """`theta` is the longest wave's length over 2 pi."""
 
-    theta: float = Field(10_000.0, gt=1)
+    theta: float = Field(10_000.0, gt=1, le=1e12)
 
 
 @register("position", Config)

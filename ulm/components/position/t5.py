@@ -17,8 +17,8 @@ from ulm.registry import KindConfig, register
 class Config(KindConfig):
     """Half of the buckets hold one distance each, the others ever more of them up to `max_distance`."""
 
-    num_buckets: int = Field(32, ge=2)
-    max_distance: int = Field(128, ge=2)
+    num_buckets: int = Field(32, ge=2, le=4096)
+    max_distance: int = Field(128, ge=2, le=2**20)
     bidirectional: bool = False  # half of the buckets for keys that come later, else those count as distance 0
 
     @model_validator(mode="after")
