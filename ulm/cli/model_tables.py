@@ -49,7 +49,8 @@ def model(spec: Any, built: Any, costs: dict[str, Any]) -> RenderableType:
 
 def _add_blocks(table: Table, spec: Any, layer: Any, block: Any, num_blocks: int) -> None:
     """The rows of `num_blocks` equal blocks, drawn once, with what one of them costs."""
-    times = f"{num_blocks * spec.layers_per_block} layers"
+    num_layers = num_blocks * spec.layers_per_block
+    times = "1 layer" if num_layers == 1 else f"{num_layers} layers"
     if spec.layers_per_block > 1:
         times += f" of {num_blocks} x weights, each {spec.layers_per_block} times in a row"
     table.add_row(f"┌ {times}", f"norms {layer.norm_placement}; of one block:", "", "", style="bold")
