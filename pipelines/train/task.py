@@ -105,9 +105,7 @@ def resolve(recipe: TrainRecipe, *, root: Path, near: Path | None = None) -> Tra
     defaults = {} if _model_from_checkpoint(recipe) else ModelSpec.training_defaults(recipe.model)
     defaults = {**dial.training_defaults(_parameters(spec)), **defaults}
     batch_tokens = _batch_tokens(train, spec, defaults["batch_tokens"])
-    usual = defaults.get("optimizer", {"kind": "adamw"})
-    given = recipe.optimizer if "kind" in recipe.optimizer else {**usual, **recipe.optimizer}
-    optimizer = configure("optimizer", given)
+    optimizer = configure("optimizer", recipe.settled_optimizer)
     if getattr(optimizer, "lr", None) is None:
         optimizer = optimizer.model_copy(
             update={"lr": defaults["lr"] * getattr(registry.find("optimizer", optimizer.kind), "lr_share", 1.0)}

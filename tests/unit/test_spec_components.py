@@ -89,7 +89,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {  # what is la
     ),
     "a factor of 0": (
         {"position": {"kind": "longrope", "short_factors": [0.0, *ONES[1:]]}},
-        "position.short_factors: 0.0 is not positive (1 leaves a pair as it is)",
+        "position.short_factors: 0.0 to 1.0 (from 0.001 to 1000; 1 leaves a pair as it is)",
         {"position": {"kind": "longrope", "short_factors": [0.5, *ONES[1:]]}},
     ),
     "a factor that is no number": (

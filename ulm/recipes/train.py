@@ -127,7 +127,7 @@ class TrainingRecipe(Recipe):
     corpus: str  # name, digest or path
     model: str | dict[str, Any] = "nano"  # a size (nano, 25M), {preset, size, …}, or all fields of a spec
     train: Train
-    optimizer: dict[str, Any] = {}  # settings without a kind are laid over the preset's, else over adamw
+    optimizer: dict[str, Any] = {}  # as it was given: see settled_optimizer
     resources: Resources = Resources()
     early_stopping: EarlyStopping | None = None
     guard: Guard = Guard()
@@ -135,6 +135,21 @@ class TrainingRecipe(Recipe):
     log_to: tuple[Literal["wandb", "mlflow"], ...] = ()  # beside TensorBoard
 
     check_optimizer = field_validator("optimizer", mode="before")(_kind("optimizer", None))
+
+    @property
+    def settled_optimizer(self) -> dict[str, Any]:
+        """Kind and settings of the optimizer; settings without a kind are laid over the preset's, else over adamw."""
+        if "kind" in self.optimizer:
+            return self.optimizer
+        from ulm.spec import ModelSpec  # needs the component files, and so torch
+
+        usual: dict[str, Any] = ModelSpec.training_defaults(self.model).get("optimizer", {"kind": "adamw"})
+        return {**usual, **self.optimizer}
+
+    @model_validator(mode="after")
+    def _optimizer_is_one(self) -> Self:
+        configure("optimizer", self.settled_optimizer)
+        return self
 
     @model_validator(mode="after")
     def _best_is_kept(self) -> Self:
