@@ -105,3 +105,10 @@ def test_what_cannot_be_trained_is_refused_before_anything_starts(home, changes,
         changes = {**changes, "train": {"steps": 5_000}}
     with pytest.raises(ConfigError, match=message):
         plan(home, **changes)
+
+
+def test_a_swarm_takes_the_optimizer_that_its_preset_proposes(home):
+    modern = {"preset": "modern", "size": "nano", "num_layers": 1}
+    assert {task.optimizer.kind for task in plan(home, model=modern).tasks()} == {"muon"}
+    assert {task.optimizer.kind for task in plan(home, model=modern, optimizer="adamw").tasks()} == {"adamw"}
+    assert {task.optimizer.kind for task in plan(home).tasks()} == {"adamw"}
