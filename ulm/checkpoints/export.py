@@ -26,11 +26,14 @@ LLAMA = {
     "head": "logits",
 }
 SIZES = ("model", "vocab_size", "context_tokens", "d_model", "num_layers")
-# Settings of those kinds that a Llama does not have.
-FOREIGN = {
-    "embedding": ("scaled",),
-    "attention": ("bias", "qk_norm", "soft_cap", "sinks"),
-    "position": ("scaling", "rotary_dim"),
+# Settings that a Llama has a word for; every other one must be as it is by default.
+KNOWN = {
+    "embedding": {"tied"},
+    "position": {"theta"},
+    "attention": {"num_heads", "num_kv_heads", "head_dim"},
+    "feedforward": {"d_hidden"},
+    "norm": {"eps"},
+    "head": set[str](),
 }
 LAYER_NAMES = {
     "attention_norm.weight": "input_layernorm.weight",
@@ -109,15 +112,14 @@ def check_llama(spec: ModelSpec) -> None:
     parts = {"model": (spec.model, "decoder")}
     parts |= {slot: (getattr(spec, slot).kind, kind) for slot, kind in LLAMA.items()}
     foreign = [f"{slot} is {has!r}, a Llama's is {wants!r}" for slot, (has, wants) in parts.items() if has != wants]
-    plain = ModelSpec(
-        **{**{name: getattr(spec, name) for name in SIZES}, **{slot: getattr(spec, slot) for slot in LLAMA}}
-    )
+    plain = ModelSpec(**{name: getattr(spec, name) for name in (*SIZES, *LLAMA)})
     foreign += [f"{name} is set" for name in type(spec).model_fields if getattr(spec, name) != getattr(plain, name)]
     foreign += [
         f"{slot}.{name} is {value!r}"
-        for slot in LLAMA
+        for slot, kind in LLAMA.items()
+        if getattr(spec, slot).kind == kind
         for name, value in getattr(spec, slot)
-        if name in FOREIGN.get(slot, ()) and value != type(getattr(spec, slot)).model_fields[name].default
+        if name not in {"kind", *KNOWN[slot]} and value != type(getattr(spec, slot)).model_fields[name].default
     ]
     num_heads = getattr(spec.attention, "num_heads", 1)
     if spec.d_model % num_heads:  # transformers refuses it even where head_dim is given

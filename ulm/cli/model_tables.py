@@ -59,19 +59,14 @@ def _add_blocks(table: Table, spec: Any, layer: Any, block: Any, num_blocks: int
     )
     norms = sum(p.numel() for name, p in block.named_parameters() if "norm" in name.partition(".")[0])
     table.add_row("│ norm", _said(layer.norm), f"{norms:,}", "")
-    position = {id(p) for p in block.attention.position.parameters()}
-    own = [p for p in block.attention.parameters() if id(p) not in position]
-    flops = 2 * sum(p.numel() for p in own if p.dim() >= 2) + block.attention.attend_flops(spec.context_tokens)
-    table.add_row(
-        "│ attention", _said(layer.attention, heads), f"{sum(p.numel() for p in own):,}", f"{flops / 1e6:.2f}"
-    )
-    passed = sum(p.numel() for p in block.feedforward.parameters() if p.dim() >= 2)
-    passed -= getattr(block.feedforward, "num_idle_parameters", 0)
+    from ulm.models.account import block_flops, own_parameters  # needs torch
+
+    num_own = sum(p.numel() for p in own_parameters(block.attention))
+    attention, feedforward = (f"{flops / 1e6:.2f}" for flops in block_flops(block, spec.context_tokens))
+    table.add_row("│ attention", _said(layer.attention, heads), f"{num_own:,}", attention)
     widths = {p.shape[1] for name, p in block.feedforward.named_parameters() if name.endswith("out.weight")}
     hidden = f"{widths.pop()} hidden units" if len(widths) == 1 else ""  # of each expert, where there are several
-    table.add_row(
-        "└ feedforward", _said(layer.feedforward, hidden), _count(block.feedforward), f"{2 * passed / 1e6:.2f}"
-    )
+    table.add_row("└ feedforward", _said(layer.feedforward, hidden), _count(block.feedforward), feedforward)
 
 
 def _said(config: Any, more: str = "") -> str:

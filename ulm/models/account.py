@@ -35,13 +35,21 @@ def forward_flops_per_token(model: Any, context_tokens: int) -> float:
     causality (PaLM, arXiv 2204.02311, appendix B). Norms, activations and the softmax are left out.
     """
     matrices = model.head.weight.numel() - _num_padding(model.head.weight, model.vocab_size)
-    attention = 0.0
-    of_positions = {id(p) for p in model.position.parameters()}  # a table, which every layer's attention holds
-    for block in model.layers:
-        matrices += sum(p.numel() for p in block.parameters() if p.dim() >= 2 and id(p) not in of_positions)
-        matrices -= getattr(block.feedforward, "num_idle_parameters", 0)
-        attention += block.attention.attend_flops(context_tokens)
-    return 2.0 * matrices + attention
+    return 2.0 * matrices + sum(sum(block_flops(block, context_tokens)) for block in model.layers)
+
+
+def block_flops(block: Any, context_tokens: int) -> tuple[float, float]:
+    """What attention and feed-forward of one layer add to `forward_flops_per_token`."""
+    attention = 2.0 * sum(p.numel() for p in own_parameters(block.attention) if p.dim() >= 2)
+    passed = sum(p.numel() for p in block.feedforward.parameters() if p.dim() >= 2)
+    passed -= getattr(block.feedforward, "num_idle_parameters", 0)
+    return attention + block.attention.attend_flops(context_tokens), 2.0 * passed
+
+
+def own_parameters(attention: Any) -> list[nn.Parameter]:
+    """Those of an attention without its position's, which all layers share and only look up."""
+    of_position = {id(p) for p in attention.position.parameters()}
+    return [p for p in attention.parameters() if id(p) not in of_position]
 
 
 def train_flops_per_token(model: Any, context_tokens: int) -> float:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ulm import registry
 from ulm.components.cache import Cache
 from ulm.components.contracts import PADDING, Mask, ModelDims, Places
-from ulm.components.mask.padding import PaddingMask
+from ulm.components.mask.padding import PADDING_MASK
 from ulm.errors import ContextLengthError
 from ulm.models.account import num_parameters
 from ulm.registry import KindConfig, register
@@ -154,7 +154,7 @@ class Decoder(nn.Module):
             is_padding_BT = segments_BT == PADDING
             positions_BT = (~is_padding_BT).cumsum(-1) - 1
             positions_BT = positions_BT.masked_fill(is_padding_BT, self.dims.context_tokens)
-            masks = (*masks, PaddingMask(registry.configure("mask", "padding")))  # type: ignore[arg-type]
+            masks = (*masks, PADDING_MASK)
         places = Places(positions_BT, positions_BT, segments_BT, segments_BT, prefix_tokens_B)
         return positions_BT, Mask(masks, places).dense()
 

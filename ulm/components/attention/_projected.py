@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from ulm.components.attend import attend
 from ulm.components.cache import KeyValues
-from ulm.components.contracts import ModelDims, Position
+from ulm.components.contracts import Mask, ModelDims, Position
 from ulm.errors import ConfigError
 from ulm.registry import KindConfig
 
@@ -28,6 +30,13 @@ class HeadsConfig(KindConfig):
             problem = f"{self.num_kv_heads} does not divide num_heads, which is {self.num_heads}"
             raise ConfigError("attention.num_kv_heads", problem, "as many, or a divisor")
         return self
+
+
+class ScoredConfig(HeadsConfig):
+    """Heads, and what may be done to their scores."""
+
+    soft_cap: float | None = Field(None, gt=0, le=1e4)  # scores stay within +- soft_cap (arXiv 2408.00118, section 2.3)
+    sinks: bool = False  # a learned score per head that takes attention from all tokens (arXiv 2508.10925, 2.1.2)
 
 
 class HeadNorm(nn.RMSNorm):
@@ -85,3 +94,18 @@ class Projected(nn.Module):
     def attend_flops(self, context_tokens: int) -> float:
         """Forward FLOPs per token beside the matrices: scores and values, half of all pairs for causality."""
         return 4.0 * self.num_heads * self.head_dim * context_tokens / 2
+
+
+class Scored(Projected):
+    """What has a score for each query and key: capped, biased by their positions, shared with a sink."""
+
+    def __init__(self, config: Any, dims: ModelDims, position: Position, layer: int) -> None:
+        super().__init__(config, dims, position, layer)
+        self.soft_cap = config.soft_cap
+        self.sinks = nn.Parameter(torch.zeros(config.num_heads)) if config.sinks else None
+
+    def scored(
+        self, q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, mask: Mask, bias_BHTS: Tensor | None = None
+    ) -> Tensor:
+        """`attend` with what the kind does to its scores, as out_BTHE."""
+        return attend(q_BTHE, k_BSKE, v_BSKE, mask, bias_BHTS, soft_cap=self.soft_cap, sinks_H=self.sinks)

@@ -6,21 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from ulm.components.attend import attend
-from ulm.components.attention._projected import HeadsConfig, Projected
-from ulm.components.contracts import PADDING, Mask, ModelDims, Places, Position
-from ulm.components.mask.padding import PaddingMask
-from ulm.registry import configure, register
+from ulm.components.attention._projected import Scored, ScoredConfig
+from ulm.components.contracts import PADDING, Mask, Places
+from ulm.components.mask.padding import PADDING_MASK
+from ulm.registry import register
 
 
-class Config(HeadsConfig):
+class Config(ScoredConfig):
     """Heads, and what may be done to their scores."""
-
-    soft_cap: float | None = Field(None, gt=0, le=1e4)  # scores stay within +- soft_cap (arXiv 2408.00118, section 2.3)
-    sinks: bool = False  # a learned score per head that takes attention from all tokens (arXiv 2508.10925, 2.1.2)
 
 
 @dataclass
@@ -37,7 +32,7 @@ class Source:
 
 
 @register("attention", Config)
-class CrossAttention(Projected):
+class CrossAttention(Scored):
     """softmax(q k^T / sqrt(E)) v, queries from x, keys and values from a source: arXiv 1706.03762, section 3.2.3.
 
     `read` makes the keys and values of a source once, for all calls and all steps of decoding. Positions do not enter:
@@ -47,11 +42,6 @@ class CrossAttention(Projected):
     masks = frozenset({"padding"})
     takes_bias = False
     needs_source = True
-
-    def __init__(self, config: Config, dims: ModelDims, position: Position, layer: int) -> None:
-        super().__init__(config, dims, position, layer)
-        self.soft_cap = config.soft_cap
-        self.sinks = nn.Parameter(torch.zeros(config.num_heads)) if config.sinks else None
 
     def read(self, source_BSD: Tensor, is_source_BS: Tensor | None = None) -> Source:
         """The source's keys and values; `is_source_BS` says which of its places hold a token (None: all)."""
@@ -66,13 +56,10 @@ class CrossAttention(Projected):
         q_BTHE = self.q_norm(self.q(x_BTD).unflatten(-1, (-1, self.head_dim)))
         positions_BT, positions_BS = torch.zeros_like(x_BTD[..., 0], dtype=torch.long), source.segments_BS
         places = Places(positions_BT, positions_BS, positions_BT, source.segments_BS)
-        mask = Mask((_PADDING,), places)
-        out_BTHE = attend(q_BTHE, source.k_BSKE, source.v_BSKE, mask, soft_cap=self.soft_cap, sinks_H=self.sinks)
+        mask = Mask((PADDING_MASK,), places)
+        out_BTHE = self.scored(q_BTHE, source.k_BSKE, source.v_BSKE, mask)
         return self.out(out_BTHE.flatten(-2))
 
     def attend_flops(self, context_tokens: int) -> float:
         """Forward FLOPs per token beside the matrices, of a source of `context_tokens`: scores and values of all."""
         return 4.0 * self.num_heads * self.head_dim * context_tokens
-
-
-_PADDING = PaddingMask(configure("mask", "padding"))  # type: ignore[arg-type]

@@ -7,24 +7,21 @@ from typing import Self
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
-from ulm.components.attend import attend
-from ulm.components.attention._projected import HeadsConfig, Projected
+from ulm.components.attention._projected import Scored, ScoredConfig
 from ulm.components.contracts import PADDING, Mask, ModelDims, Pair, Places, Position
-from ulm.components.mask.causal import CausalMask
-from ulm.components.mask.padding import PaddingMask
-from ulm.registry import configure, register
+from ulm.components.mask.causal import CAUSAL_MASK
+from ulm.components.mask.padding import PADDING_MASK
+from ulm.registry import register
 
 
-class Config(HeadsConfig):
+class Config(ScoredConfig):
     """How far back a token sees, itself included, and what may be done to the scores."""
 
     window_tokens: int = Field(256, ge=1, le=2**24)
     num_sink_tokens: int = Field(0, ge=0, le=2**24)  # the first of a row, which every token sees too (arXiv 2309.17453)
-    soft_cap: float | None = Field(None, gt=0, le=1e4)  # scores stay within +- soft_cap (arXiv 2408.00118, section 2.3)
-    sinks: bool = False  # a learned score per head that takes attention from all tokens (arXiv 2508.10925, 2.1.2)
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,7 @@ class RecentKeyValues:
 
 
 @register("attention", Config)
-class SlidingWindowAttention(Projected):
+class SlidingWindowAttention(Scored):
     """softmax(q k^T / sqrt(E)) v over the last W tokens: arXiv 2004.05150, section 3.1, looking back only.
 
     Whole rows go in blocks of W queries, each with the keys of its own block and of the one before: O(T W) time and
@@ -123,8 +120,6 @@ class SlidingWindowAttention(Projected):
     def __init__(self, config: Config, dims: ModelDims, position: Position, layer: int) -> None:
         super().__init__(config, dims, position, layer)
         self.window_tokens, self.num_sink_tokens = config.window_tokens, config.num_sink_tokens
-        self.soft_cap = config.soft_cap
-        self.sinks = nn.Parameter(torch.zeros(config.num_heads)) if config.sinks else None
 
     def forward(
         self,
@@ -141,7 +136,7 @@ class SlidingWindowAttention(Projected):
         if cache is not None:
             assert mask.places is not None
             k_BSKE, v_BSKE, places = cache.append(k_BTKE, v_BTKE, mask.places)
-            seen = Mask((*mask.kinds, window, _PADDING), places).dense()
+            seen = Mask((*mask.kinds, window, PADDING_MASK), places).dense()
             out_BTHE = self._attend(q_BTHE, k_BSKE, v_BSKE, seen, positions_BT)
         elif mask.places is not None:
             out_BTHE = self._attend(q_BTHE, k_BTKE, v_BTKE, mask.also(window), positions_BT)
@@ -153,7 +148,7 @@ class SlidingWindowAttention(Projected):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, positions_BT: Tensor) -> Tensor:
         bias_BHTS = self.bias(positions_BT, mask.places)
-        return attend(q, k, v, mask, bias_BHTS, soft_cap=self.soft_cap, sinks_H=self.sinks)
+        return self.scored(q, k, v, mask, bias_BHTS)
 
     def _in_blocks(self, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, window: Window) -> Tensor:
         """The attention of whole rows, one text each: every block of W queries is a row of its own for the kernel.
@@ -180,7 +175,7 @@ class SlidingWindowAttention(Projected):
             sinks = (x[:, None, :num_sinks].expand(-1, len(held_CS), -1, -1, -1) for x in (k_BTKE, v_BTKE))
             k_CSKE, v_CSKE = (torch.cat(x, dim=2) for x in zip(sinks, (k_CSKE, v_CSKE), strict=True))
         q, k, v = (x.flatten(0, 1) for x in (q_CWHE[:, 1:], k_CSKE, v_CSKE))
-        rest_CWHE = self._attend(q, k, v, Mask((_CAUSAL, window), places), places.q_positions_BT)
+        rest_CWHE = self._attend(q, k, v, Mask((CAUSAL_MASK, window), places), places.q_positions_BT)
         rest_BTHE = rest_CWHE.unflatten(0, (batch, -1)).flatten(1, 2)[:, : num_tokens - width]
         return torch.cat([first_BWHE, rest_BTHE], dim=1)
 
@@ -200,7 +195,3 @@ class SlidingWindowAttention(Projected):
         num_sinks = min(self.num_sink_tokens, beyond)
         pairs = width**2 / 2 + beyond * width + num_sinks**2 / 2 + (beyond - num_sinks) * num_sinks
         return 4.0 * self.num_heads * self.head_dim * pairs / context_tokens
-
-
-_CAUSAL = CausalMask(configure("mask", "causal"))  # type: ignore[arg-type]
-_PADDING = PaddingMask(configure("mask", "padding"))  # type: ignore[arg-type]

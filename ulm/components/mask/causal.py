@@ -23,3 +23,6 @@ class CausalMask:
     def allowed(self, pair: Pair) -> Tensor | None:
         """Where the key is not later."""
         return pair.k_position <= pair.q_position
+
+
+CAUSAL_MASK = CausalMask(Config(kind="causal"))

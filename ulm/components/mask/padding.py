@@ -25,3 +25,6 @@ class PaddingMask:
         if pair.q_segment is None or pair.k_segment is None:
             return None
         return (pair.k_segment != PADDING) | (pair.q_segment == PADDING)
+
+
+PADDING_MASK = PaddingMask(Config(kind="padding"))
