@@ -111,7 +111,11 @@ def test_a_window_is_dense_attention_under_its_mask_forward_and_backward(
     assert sorted(dict(dense.named_parameters())) == sorted(dict(windowed.named_parameters()))
     positions_BT = torch.arange(num_tokens)[None]
     mask = Mask((causal(), Near(window_tokens, settings.get("num_sink_tokens", 0))), Places(positions_BT, positions_BT))
-    monkeypatch.setattr(gqa, "attend", naive)
+
+    def scored(self, q, k, v, mask, bias_BHTS=None):
+        return naive(q, k, v, mask, bias_BHTS, soft_cap=self.soft_cap, sinks_H=self.sinks)
+
+    monkeypatch.setattr(gqa.GroupedQueryAttention, "scored", scored)  # of dense attention alone: a window keeps its own
     outcomes = []
     for attention, seen in ((windowed, Mask()), (dense, mask)):
         x_BTD = drawn(2, num_tokens, D_MODEL).requires_grad_()

@@ -95,3 +95,23 @@ def test_normed_queries_and_keys_have_the_dtype_of_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(tokens(1, 9))
     assert seen == [torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("slot", "settings"),
+    [
+        ("embedding", {"scaled": True}),
+        ("position", {"rotary_dim": 16}),
+        ("position", {"scaling": {"kind": "linear", "factor": 2.0}}),
+        ("attention", {"bias": True}),
+        ("attention", {"qk_norm": True}),
+        ("attention", {"soft_cap": 5.0}),
+        ("attention", {"sinks": True}),
+    ],
+    ids=str,
+)
+def test_export_refuses_a_setting_that_a_llama_has_no_word_for(slot, settings, tmp_path):
+    tokenizer = byte_tokenizer()
+    model = ulm.build(spec_of({slot: settings, "vocab_size": tokenizer.vocab_size}), seed=0)
+    with pytest.raises(UnsupportedError, match=rf"{slot}\.{next(iter(settings))} is "):
+        export_hf(model, tokenizer, tmp_path / "out")
