@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from ulm.components.contracts import Places
+from ulm.components.contracts import Mask, Places
 from ulm.errors import ContextLengthError
 
 
@@ -22,6 +22,17 @@ class LayerState(Protocol):
 
     def can_forget(self, length: int) -> bool:
         """Whether a row of `length` tokens can be cut back, as if its last tokens had never come."""
+        ...
+
+
+class PastKeyValues(Protocol):
+    """A layer's memory for attention by scores: it takes new keys and values in, and looks up what queries may see.
+
+    An engine may keep them in another way than the states here, behind this method.
+    """
+
+    def attend(self, attention: Any, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, mask: Mask) -> Tensor:
+        """What T new queries find, as out_BTHE; `attention` says what is done to its scores."""
         ...
 
 
@@ -54,6 +65,13 @@ class KeyValues:
             self.v_BSKE.scatter_(1, index, v_BTKE)
         num_known = places.k_positions_BS.shape[1]
         return self.k_BSKE[:, :num_known], self.v_BSKE[:, :num_known]
+
+    def attend(self, attention: Any, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, mask: Mask) -> Tensor:
+        """What T new queries find among all known keys, theirs included, as out_BTHE."""
+        assert mask.places is not None
+        k_BSKE, v_BSKE = self.append(k_BTKE, v_BTKE, mask.places)
+        out_BTHE: Tensor = attention.scored(q_BTHE, k_BSKE, v_BSKE, mask, attention.bias(None, mask.places))
+        return out_BTHE
 
     def can_forget(self, length: int) -> bool:
         """Always: what stands behind a row's length is not read."""

@@ -45,7 +45,10 @@ class Position(Protocol):
         ...
 
     def bias(self, positions_BT: Tensor, positions_BS: Tensor) -> Tensor | None:
-        """Addition to the attention scores as bias_BHTS, or None. B may be 1."""
+        """Addition to the attention scores as bias_BHTS, or None. B may be 1.
+
+        A function of the distance alone: of q - k, wherever the two stand.
+        """
         ...
 
 

@@ -191,12 +191,16 @@ class Decoder(nn.Module):
         if num_new_B is None:
             num_new_B = torch.full((len(tokens_BT),), tokens_BT.shape[1])
         places = cache.place(num_new_B, tokens_BT.shape[1])
-        positions_BT, mask = places.q_positions_BT, Mask(self.masks, places).dense()
-        x_BTD = self._embed(tokens_BT, positions_BT)
-        for number, (block, state) in enumerate(zip(self.layers, cache.layers, strict=True)):
-            x_BTD = block(x_BTD, positions_BT, mask, state, self.embedding.values(tokens_BT, number))
+        x_BTD = self.advance(tokens_BT, places.q_positions_BT, Mask(self.masks, places).dense(), cache.layers)
         cache.lengths_B += num_new_B
-        return self.head(self.norm(x_BTD))
+        return self.head(x_BTD)
+
+    def advance(self, tokens_BT: Tensor, positions_BT: Tensor, mask: Mask, states: Sequence[Any]) -> Tensor:
+        """The last layer's normed state of new tokens, as x_BTD; `states`, one a layer, take the tokens in."""
+        x_BTD = self._embed(tokens_BT, positions_BT)
+        for number, (block, state) in enumerate(zip(self.layers, states, strict=True)):
+            x_BTD = block(x_BTD, positions_BT, mask, state, self.embedding.values(tokens_BT, number))
+        return self.norm(x_BTD)
 
 
 _OUT = re.compile(r"\bout(\.weight)?$")

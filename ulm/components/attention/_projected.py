@@ -81,9 +81,10 @@ class Projected(nn.Module):
             q_BTHE, k_BTKE = (self.position.rotate(x, positions_BT) for x in (q_BTHE, k_BTKE))
         return q_BTHE, k_BTKE, v_BTJ.unflatten(-1, (-1, self.head_dim))
 
-    def bias(self, positions_BT: Tensor, places: Any) -> Tensor | None:
-        """What the position kind adds to the scores, as bias_BHTS or None."""
+    def bias(self, positions_BT: Tensor | None, places: Any) -> Tensor | None:
+        """What the position kind adds to the scores, as bias_BHTS or None. Without places the queries are the keys."""
         if places is None:
+            assert positions_BT is not None
             return self.position.bias(positions_BT, positions_BT)
         return self.position.bias(places.q_positions_BT, places.k_positions_BS)
 
@@ -97,7 +98,13 @@ class Projected(nn.Module):
 
 
 class Scored(Projected):
-    """What has a score for each query and key: capped, biased by their positions, shared with a sink."""
+    """What has a score for each query and key: capped, biased by their positions, shared with a sink.
+
+    With a cache, such a kind leaves it to the cache's `attend` to keep keys and values and to look them up.
+    """
+
+    window_tokens: int | None = None  # a query sees so many keys, its own included; None: all
+    num_sink_tokens: int = 0  # and these first ones of its row
 
     def __init__(self, config: Any, dims: ModelDims, position: Position, layer: int) -> None:
         super().__init__(config, dims, position, layer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ulm.components.attention._projected import Scored, ScoredConfig
-from ulm.components.cache import KeyValues
+from ulm.components.cache import PastKeyValues
 from ulm.components.contracts import Mask
 from ulm.registry import register
 
@@ -24,17 +24,16 @@ class GroupedQueryAttention(Scored):
         *,
         positions_BT: Tensor,
         mask: Mask,
-        cache: KeyValues | None = None,
+        cache: PastKeyValues | None = None,
         values_BTJ: Tensor | None = None,
     ) -> Tensor:
-        """Mix tokens, as out_BTD. With a cache, appends the T new keys and values and reads what the mask's places say.
+        """Mix tokens, as out_BTD. With a cache, it takes in the T new keys and values, and finds what queries may see.
 
         `values_BTJ`, J = K E, is added to the values.
         """
-        q_BTHE, k_BSKE, v_BSKE = self.project(x_BTD, positions_BT, values_BTJ)
+        q_BTHE, k_BTKE, v_BTKE = self.project(x_BTD, positions_BT, values_BTJ)
         if cache is not None:
-            assert mask.places is not None
-            k_BSKE, v_BSKE = cache.append(k_BSKE, v_BSKE, mask.places)
-        bias_BHTS = self.bias(positions_BT, mask.places)
-        out_BTHE = self.scored(q_BTHE, k_BSKE, v_BSKE, mask, bias_BHTS)
+            out_BTHE = cache.attend(self, q_BTHE, k_BTKE, v_BTKE, mask)
+        else:
+            out_BTHE = self.scored(q_BTHE, k_BTKE, v_BTKE, mask, self.bias(positions_BT, mask.places))
         return self.out(out_BTHE.flatten(-2))

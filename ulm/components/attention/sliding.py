@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from pydantic import Field
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ulm.components.attention._projected import Scored, ScoredConfig
+from ulm.components.cache import PastKeyValues
 from ulm.components.contracts import PADDING, Mask, ModelDims, Pair, Places, Position
 from ulm.components.mask.causal import CAUSAL_MASK
 from ulm.components.mask.padding import PADDING_MASK
@@ -54,6 +55,15 @@ class RecentKeyValues:
         """In the dtype and on the device of `like`; `heads` are the number of key/value heads and their width."""
         shape = (batch, num_sink_tokens + ring_tokens + 1, *heads)
         return cls(like.new_zeros(shape), like.new_zeros(shape), num_sink_tokens)
+
+    def attend(self, attention: Any, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, mask: Mask) -> Tensor:
+        """What T new queries find within their window, as out_BTHE."""
+        assert mask.places is not None
+        k_BSKE, v_BSKE, places = self.append(k_BTKE, v_BTKE, mask.places)
+        window = Window(attention.window_tokens, attention.num_sink_tokens)
+        seen = Mask((*mask.kinds, window, PADDING_MASK), places).dense()
+        out_BTHE: Tensor = attention.scored(q_BTHE, k_BSKE, v_BSKE, seen, attention.bias(None, places))
+        return out_BTHE
 
     def append(self, k_BTKE: Tensor, v_BTKE: Tensor, places: Places) -> tuple[Tensor, Tensor, Places]:
         """Take T new tokens in; returns all keys and values that their queries may see, and where those stand."""
@@ -127,17 +137,14 @@ class SlidingWindowAttention(Scored):
         *,
         positions_BT: Tensor,
         mask: Mask,
-        cache: RecentKeyValues | None = None,
+        cache: PastKeyValues | None = None,
         values_BTJ: Tensor | None = None,
     ) -> Tensor:
         """Mix tokens, as out_BTD; see the contract of GroupedQueryAttention.forward."""
         q_BTHE, k_BTKE, v_BTKE = self.project(x_BTD, positions_BT, values_BTJ)
         window = Window(self.window_tokens, self.num_sink_tokens)
         if cache is not None:
-            assert mask.places is not None
-            k_BSKE, v_BSKE, places = cache.append(k_BTKE, v_BTKE, mask.places)
-            seen = Mask((*mask.kinds, window, PADDING_MASK), places).dense()
-            out_BTHE = self._attend(q_BTHE, k_BSKE, v_BSKE, seen, positions_BT)
+            out_BTHE = cache.attend(self, q_BTHE, k_BTKE, v_BTKE, mask)
         elif mask.places is not None:
             out_BTHE = self._attend(q_BTHE, k_BTKE, v_BTKE, mask.also(window), positions_BT)
         elif x_BTD.shape[1] <= self.window_tokens:

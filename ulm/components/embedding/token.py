@@ -29,8 +29,12 @@ class TokenEmbedding(nn.Module):
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Vectors of tokens, as x_BTD."""
-        x_BTD = nn.functional.embedding(tokens_BT, self.weight)
+        x_BTD = self.look_up(tokens_BT)
         return x_BTD if self.scale is None else x_BTD * self.scale
+
+    def look_up(self, tokens_BT: Tensor) -> Tensor:
+        """Rows of the table; an engine that keeps it in another way puts its own here."""
+        return nn.functional.embedding(tokens_BT, self.weight)
 
     def values(self, tokens_BT: Tensor, layer: int) -> Tensor | None:
         """None: attention's values come from the layer's input alone."""

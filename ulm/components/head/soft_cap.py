@@ -27,4 +27,4 @@ class SoftCapHead(LogitsHead):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Scores, as logits_BTV."""
-        return self.cap * torch.tanh(super().forward(x_BTD) / self.cap)
+        return self.cap * torch.tanh(self.project(x_BTD) / self.cap)
