@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
@@ -9,12 +10,17 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from torch import Tensor
 
+from ulm.errors import RequestError
 from ulm.models.sampling import Sampling
 from ulm.recipes.serve import Budget
 from ulm.tokenizers.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from ulm.swarm.router import Router
+
+MAX_CHOICES = 128
+MAX_TOP_LOGPROBS = 100
+MAX_PRIORITY = 100
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,53 @@ class GenerateRequest:
     stop: tuple[str, ...] = ()
     num_top_logprobs: int | None = None  # None: no logprobs at all
     deadline_s: float | None = None  # seconds the engine may take, from its receipt
-    stream: bool = True  # False: one chunk at the end will do
+    stream: bool = True  # False: one chunk a choice, at its end, will do
+    n: int = 1  # choices; number i is drawn with seed + i
+    best_of: int | None = None  # draw so many, and give the n whose tokens are likeliest on average
+    prompt_logprobs: int | None = None  # of every prompt token, with so many likeliest ones; None: none
+    echo: bool = False  # the prompt's text before each choice's own
+    priority: int = 0  # higher first; each unit is worth as much as some seconds of waiting
+
+    def check(self) -> None:
+        """RequestError by name for settings that contradict each other or mean nothing."""
+        if not self.tokens:
+            raise RequestError("The prompt has no tokens: at least one is needed", param="prompt")
+        if self.max_tokens < 0:
+            raise RequestError(f"max_tokens: {self.max_tokens} is below 0", param="max_tokens")
+        if self.max_tokens == 0 and not (self.echo or self.prompt_logprobs is not None):
+            message = "max_tokens: 0 asks for nothing; echo or prompt_logprobs beside it ask for the prompt"
+            raise RequestError(message, param="max_tokens")
+        if "" in self.stop:
+            raise RequestError("stop: a stop string of nothing would end every answer at once", param="stop")
+        if not 1 <= self.n <= MAX_CHOICES:
+            raise RequestError(f"n: {self.n} is not within 1 to {MAX_CHOICES}", param="n")
+        if self.best_of is not None and not self.n <= self.best_of <= MAX_CHOICES:
+            problem = f"best_of: {self.best_of} is not within n, which is {self.n}, and {MAX_CHOICES}"
+            raise RequestError(problem, param="best_of")
+        if self.best_of is not None and self.best_of > self.n and self.stream:
+            raise RequestError("best_of: the best are known at the end only; ask without stream", param="best_of")
+        if self.num_choices > 1 and self.sampling.temperature == 0 and self.max_tokens > 0:
+            problem = f"{self.num_choices} choices at temperature 0 would all be the same"
+            raise RequestError(f"n: {problem}; give a temperature above 0", param="n")
+        for name, value in (("num_top_logprobs", self.num_top_logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if value is not None and not 0 <= value <= MAX_TOP_LOGPROBS:
+                raise RequestError(f"{name}: {value} is not within 0 to {MAX_TOP_LOGPROBS}", param="logprobs")
+        if self.deadline_s is not None and not self.deadline_s >= 0:
+            raise RequestError(f"deadline_s: {self.deadline_s} is no time from now on", param="deadline_s")
+        if abs(self.priority) > MAX_PRIORITY:
+            raise RequestError(f"priority: {self.priority} is beyond +-{MAX_PRIORITY}", param="priority")
+        if isinstance(self.weights, RouterWeights):
+            return
+        for member, weight in self.weights.items():
+            if not (weight >= 0 and math.isfinite(weight)):
+                raise RequestError(f"weights: {weight} of {member!r} is no weight", param="weights")
+        if not any(self.weights.values()):
+            raise RequestError("weights: at least one member needs a weight above zero", param="weights")
+
+    @property
+    def num_choices(self) -> int:
+        """Answers to draw."""
+        return max(self.n, self.best_of or 1)
 
 
 @dataclass(frozen=True)
@@ -78,19 +130,31 @@ class TokenChunk:
     text: str
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
-    finish_reason: str | None = None  # stop, length or deadline, on the last chunk
-    calls: tuple[Call, ...] = ()  # on the last chunk
-    degraded: str | None = None  # on the last chunk: what was not done as asked
+    finish_reason: str | None = None  # stop, length or deadline, on a choice's last chunk
+    calls: tuple[Call, ...] = ()  # on the last chunk of all
+    degraded: str | None = None  # on the last chunk of all: what was not done as asked
+    index: int = 0  # of the choice
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of prompt tokens 1, 2, …; on the first chunk of all
 
     @classmethod
     def joined(cls, chunks: Sequence[TokenChunk]) -> TokenChunk:
-        """Chunks of one answer, in order, as one."""
+        """Chunks of one choice, in order, as one."""
         return replace(
             chunks[-1],
             text="".join(chunk.text for chunk in chunks),
             tokens=tuple(token for chunk in chunks for token in chunk.tokens),
             logprobs=tuple(entry for chunk in chunks for entry in chunk.logprobs),
+            prompt_logprobs=tuple(entry for chunk in chunks for entry in chunk.prompt_logprobs),
         )
+
+    @classmethod
+    def by_choice(cls, chunks: Sequence[TokenChunk]) -> list[TokenChunk]:
+        """Chunks of an answer, in order, as one a choice; the last to end, which has the ledger's lines, last."""
+        of: dict[int, list[TokenChunk]] = {}
+        for chunk in chunks:
+            of.setdefault(chunk.index, []).append(chunk)
+        last = chunks[-1].index
+        return [cls.joined(of[index]) for index in sorted(of, key=lambda index: (index == last, index))]
 
 
 @dataclass(frozen=True)

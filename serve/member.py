@@ -65,9 +65,9 @@ class EngineReplica:
         async for chunk in self._engine.generate(request):
             yield chunk
 
-    async def generate_whole(self, request: GenerateRequest) -> TokenChunk:
-        """All chunks as one: a single message where the client does not stream."""
-        return TokenChunk.joined([chunk async for chunk in self._engine.generate(request)])
+    async def generate_whole(self, request: GenerateRequest) -> list[TokenChunk]:
+        """All chunks as one a choice: a single message where the client does not stream."""
+        return TokenChunk.by_choice([chunk async for chunk in self._engine.generate(request)])
 
     async def score(self, member: str, tokens: Sequence[int]) -> list[float]:
         """See Engine."""
@@ -111,9 +111,10 @@ class RemoteEngine:
             raise error.cause from None
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
-        """Chunks of an answer; one when the request does not stream."""
+        """Chunks of an answer; one a choice when the request does not stream."""
         if not request.stream:
-            yield await self._call("generate_whole", request)
+            for chunk in await self._call("generate_whole", request):
+                yield chunk
             return
         response = self._handle.options(stream=True).generate.remote(request)
         try:

@@ -11,6 +11,7 @@ UlmError
 └── RequestError           a request to the endpoint is refused; carries OpenAI's status, type and code
     ├── ContextLengthError     prompt longer than the model's context
     ├── ModelNotFoundError     no such model at this endpoint
+    ├── OverloadedError        too many requests are waiting already: ask again later
     └── UnknownCharacterError  text that a char tokenizer cannot spell
 """
 
@@ -85,6 +86,13 @@ class ModelNotFoundError(RequestError):
     """No model of that name is served here."""
 
     status = 404
+
+
+class OverloadedError(RequestError):
+    """Too much is waiting already; the same request may be accepted later."""
+
+    status = 503
+    type = "server_error"
 
 
 class UnknownCharacterError(RequestError):

@@ -71,6 +71,19 @@ def rss_bytes() -> int:
         return peak_rss_bytes()
 
 
+def free_bytes(where: torch.device) -> int:
+    """Memory of a device that could be allocated now; of a CPU without /proc a GiB is assumed."""
+    import torch
+
+    if where.type == "cuda":
+        return torch.cuda.mem_get_info(where)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 1 << 30
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 1 << 30)
+
+
 def peak_rss_bytes() -> int:
     """The most resident memory that this process has had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

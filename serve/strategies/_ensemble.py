@@ -122,7 +122,7 @@ async def step_loop(
         clock_s = time.monotonic()
         rows = await asyncio.gather(*(members[m].engine.next_logprobs(m, tokens) for m in weights))
         logprobs_V = mix_logprobs(torch.from_numpy(np.stack(rows)), torch.tensor(list(weights.values())))
-        token = choose(logprobs_V, request.sampling, index)
+        token = choose(logprobs_V, request.sampling, index, request.tokens, tokens[len(request.tokens) :])
         ended = token == tokenizer.eot_id
         ms = 1e3 * (time.monotonic() - clock_s)
         latest = {call.member: at for at, call in enumerate(calls)}

@@ -160,11 +160,16 @@ def save(model: nn.Module, tokenizer: Tokenizer, path: str | Path, **how: Any) -
 def load(path: str | Path, device: str | torch.device | None = None) -> tuple[nn.Module, Tokenizer]:
     """Model (in evaluation mode, on the CPU unless `device` says otherwise) and tokenizer of a checkpoint."""
     folder = resolve(str(path), root=runtime.root())
-    spec, manifest = read_spec(folder), read_manifest(folder)
-    verify(folder, manifest, *TOKENIZER_FILES)
+    spec = read_spec(folder)
     model: nn.Module = registry.find("model", spec.model)(spec)
     load_weights(model, folder)
-    return model.to(device or "cpu").eval(), Tokenizer.read(folder)
+    return model.to(device or "cpu").eval(), read_tokenizer(folder)
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The verified tokenizer of a checkpoint."""
+    verify(folder, read_manifest(folder), *TOKENIZER_FILES)
+    return Tokenizer.read(folder)
 
 
 def read_spec(folder: Path) -> ModelSpec:

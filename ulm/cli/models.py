@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +12,7 @@ import typer
 
 from ulm import runtime
 from ulm.cli import console, model_tables
+from ulm.errors import ConfigError, RequestError
 
 Checkpoint = Annotated[
     str, typer.Argument(help="A step directory, a run, or a name under models/.", show_default=False)
@@ -33,8 +36,25 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(min=1)] = None,
-    top_p: Annotated[float, typer.Option(min=0.001, max=1.0)] = 1.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw among the k likeliest tokens.")] = None,
+    top_p: Annotated[
+        float, typer.Option(min=0.001, max=1.0, help="Draw among the fewest tokens that have this probability.")
+    ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Draw no token below this share of the likeliest one's probability.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(min=0.01, max=100.0, help="Above 1: fewer tokens of the prompt and the answer again.")
+    ] = 1.0,
+    presence_penalty: Annotated[
+        float, typer.Option(min=-2.0, max=2.0, help="Off the score of a token that the answer has.")
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float, typer.Option(min=-2.0, max=2.0, help="Off the score of a token, for each time that the answer has it.")
+    ] = 0.0,
+    logit_bias: Annotated[
+        list[str], typer.Option(metavar="TOKEN=BIAS", help="Add to a token id's score, -100 … 100; may be repeated.")
+    ] = [],  # noqa: B006
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
     stop: Annotated[list[str], typer.Option(help="End before this text; may be repeated.")] = [],  # noqa: B006
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")] = None,
@@ -45,23 +65,47 @@ def generate(
     """
     from ulm.checkpoints import store
     from ulm.models.generate import generate as run
+    from ulm.models.sampling import Sampling
 
+    with _refusals_as_usage():  # before the model is loaded
+        sampling = Sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=tuple(_bias(text) for text in logit_bias),
+            seed=seed,
+        )
     path = store.resolve(checkpoint, root=runtime.root(), near=Path.cwd())
     model, tokenizer = store.load(path, runtime.device(device))
-    result = run(
-        model.eval(),
-        tokenizer,
-        prompt,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        stop=stop,
-    )
+    with _refusals_as_usage():
+        sampling.check(tokenizer.vocab_size)
+    result = run(model.eval(), tokenizer, prompt, max_tokens=max_tokens, stop=stop, **dict(sampling))
     console.err.print(prompt, style="dim", end="", markup=False)
     console.err.print(result.text, markup=False)
     console.finish({"text": result.text, "tokens": result.tokens, "logprobs": result.logprobs})
+
+
+@contextmanager
+def _refusals_as_usage() -> Iterator[None]:
+    """Settings that are refused are wrong usage here: ConfigError, so that the verb exits with 2."""
+    try:
+        yield
+    except RequestError as error:
+        option = "--" + (error.param or "").replace("_", "-")
+        raise ConfigError(option, str(error).removeprefix(f"{error.param}: ")) from None
+
+
+def _bias(text: str) -> tuple[int, float]:
+    """A token and its bias from TOKEN=BIAS."""
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise ConfigError("--logit-bias", f"{text!r} is not TOKEN=BIAS", "for example 42=-100") from None
 
 
 def show(

@@ -184,6 +184,11 @@ class Decoder(nn.Module):
 
         `num_new_B` says how many of the T tokens of each row count (None: all); logits of the others mean nothing.
         """
+        return self.head(self.step_hidden(tokens_BT, cache, num_new_B))
+
+    @torch.no_grad()
+    def step_hidden(self, tokens_BT: Tensor, cache: Cache, num_new_B: Tensor | None = None) -> Tensor:
+        """The same before the head, as x_BTD."""
         if cache.max_tokens > self.dims.context_tokens:  # positions end with the context
             problem = f"a cache of {cache.max_tokens} tokens a row, of a context of {self.dims.context_tokens}"
             remedy = "a smaller max_tokens for new_cache, or a larger context_tokens in the spec"
@@ -193,7 +198,7 @@ class Decoder(nn.Module):
         places = cache.place(num_new_B, tokens_BT.shape[1])
         x_BTD = self.advance(tokens_BT, places.q_positions_BT, Mask(self.masks, places).dense(), cache.layers)
         cache.lengths_B += num_new_B
-        return self.head(x_BTD)
+        return x_BTD
 
     def advance(self, tokens_BT: Tensor, positions_BT: Tensor, mask: Mask, states: Sequence[Any]) -> Tensor:
         """The last layer's normed state of new tokens, as x_BTD; `states`, one a layer, take the tokens in."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,11 +50,32 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] = (),
     seed: int = 0,
     stop: Sequence[str] = (),
 ) -> Generated:
-    """Continue a prompt by at most `max_tokens` tokens. The same seed gives the same answer."""
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    """Continue a prompt by at most `max_tokens` tokens. The same seed gives the same answer.
+
+    The settings are those of `Sampling`; a wrong one raises RequestError.
+    """
+    sampling = Sampling.model_validate(
+        {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty,
+            "logit_bias": logit_bias,
+            "seed": seed,
+        }
+    )
+    sampling.check(model.spec.vocab_size)
     prompt_ids = prompt_tokens(tokenizer, prompt)
     max_tokens = min(max_tokens, room(len(prompt_ids), model.spec.context_tokens))
     device = next(model.parameters()).device
@@ -64,13 +85,13 @@ def generate(
     logprobs: list[float] = []
     new_BT = torch.tensor([prompt_ids], device=device)
     while len(tokens) < max_tokens:
-        logprobs_V = model.step(new_BT, cache)[0, -1].float().log_softmax(-1).cpu()
-        token = choose(logprobs_V, sampling, len(tokens))
+        logits_V = model.step(new_BT, cache)[0, -1].float().cpu()
+        token = choose(logits_V, sampling, len(tokens), prompt_ids, tokens)
         if token == tokenizer.eot_id:
             finish_reason = "stop"
             break
         tokens.append(token)
-        logprobs.append(float(logprobs_V[token]))
+        logprobs.append(float(logits_V.log_softmax(-1)[token]))
         text += stream.push(token)
         if stream.stopped:
             finish_reason = "stop"

@@ -129,7 +129,8 @@ class SlidingWindowAttention(Scored):
 
     def __init__(self, config: Config, dims: ModelDims, position: Position, layer: int) -> None:
         super().__init__(config, dims, position, layer)
-        self.window_tokens, self.num_sink_tokens = config.window_tokens, config.num_sink_tokens
+        self.window_tokens: int = config.window_tokens
+        self.num_sink_tokens = config.num_sink_tokens
 
     def forward(
         self,

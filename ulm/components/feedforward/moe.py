@@ -46,6 +46,8 @@ class MixtureOfExperts(nn.Module):
     equations 4 to 6).
     """
 
+    rearranges_tokens = True  # its parts see some tokens only, in an order of their own
+
     def __init__(self, config: Config, dims: ModelDims, layer: int) -> None:
         super().__init__()
         self.experts_per_token, self.balance = config.experts_per_token, config.balance

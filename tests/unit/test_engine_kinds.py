@@ -1,0 +1,46 @@
+"""Every kind of the component library answers in the local engine as it does in the plain generator."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ulm
+from serve.contracts import GenerateRequest
+from tests.engine import answer, equal_up_to_ties, with_engine
+from tests.variants import every_variant, model_of
+from ulm.tokenizers.byte import byte_tokenizer
+
+LOGPROBS = 2e-4  # float32 in another order, through weights that are large on purpose (tests/variants.py)
+NUM_TOKENS = 12
+LENGTHS = (1, 5, 17, 2)  # of the prompts: shorter and longer than a step's tokens
+
+
+@every_variant
+def test_answers_at_once_in_small_steps_equal_the_plain_generator(overrides: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    model = model_of({**overrides, "vocab_size": tokenizer.vocab_size}).eval()
+    ulm.save(model, tokenizer, tmp_path / "m")
+    prompts = [tuple((7 * i + 13 * j) % 256 for j in range(n)) for i, n in enumerate(LENGTHS)]
+    oracles = [ulm.generate(model, tokenizer, list(prompt), max_tokens=NUM_TOKENS) for prompt in prompts]
+
+    async def body(engine: Any) -> Any:
+        requests = [GenerateRequest(p, {"m": 1.0}, NUM_TOKENS, num_top_logprobs=0) for p in prompts]
+        scored = await engine.score("m", prompts[2])
+        return await asyncio.gather(*(answer(engine, r) for r in requests)), scored
+
+    found, scored = with_engine({"m": tmp_path / "m"}, body, max_batch_tokens=6, kv_cache_bytes=1 << 22)
+    compared = 0
+    for prompt, oracle, chunk in zip(prompts, oracles, found, strict=True):
+        same = equal_up_to_ties(model, prompt, chunk.tokens, oracle.tokens)
+        assert [e.logprob for e in chunk.logprobs[:same]] == pytest.approx(oracle.logprobs[:same], abs=LOGPROBS)
+        compared += same
+    assert compared >= sum(len(oracle.tokens) for oracle in oracles) // 2, "too many ties to have compared anything"
+    with torch.no_grad():
+        logprobs_TV = model(torch.tensor([prompts[2]]))[0].log_softmax(-1)
+    expected = [float(logprobs_TV[i, t]) for i, t in enumerate(prompts[2][1:])]
+    assert scored == pytest.approx(expected, abs=LOGPROBS)
