@@ -19,7 +19,7 @@ def with_engine(members: dict[str, Path], body: Callable[[LocalEngine], Awaitabl
     """What a test's async body gives, with a local engine that has these members loaded."""
 
     async def run() -> Any:
-        engine = LocalEngine(Config(kind="local", device="cpu", threads=1, **settings))
+        engine = LocalEngine(Config(kind="local", device="cpu", threads=1, **{"compile_after_steps": None, **settings}))
         try:
             for member, checkpoint in members.items():
                 await engine.load(member, str(checkpoint))

@@ -76,6 +76,7 @@ def weights(task: TrainTask) -> str:
     return read_manifest(newest).files["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_stopped_with_one_worker_and_resumed_with_two_the_same_batches_follow(ray_cluster, task):
     whole, parts = task("whole"), task("parts")
     train(whole)
@@ -155,6 +156,7 @@ def metrics_page(ray: Any) -> str:
     return httpx.get(url, trust_env=False).text
 
 
+@pytest.mark.slow
 def test_without_restarts_a_killed_worker_ends_the_run_by_name_and_it_resumes_where_it_was_saved(ray_cluster, task):
     endless = task("killed", num_steps=1_000_000, checkpoint_every_steps=5)
 

@@ -107,7 +107,7 @@ def with_engine(swarm: Swarm) -> Callable[[Callable[[Any], Awaitable[Any]]], Any
 
     def run(body: Callable[[Any], Awaitable[Any]], **settings: Any) -> Any:
         async def with_it() -> Any:
-            engine = LocalEngine(Config(kind="local", device="cpu", threads=1, **settings))
+            engine = LocalEngine(Config(kind="local", device="cpu", threads=1, compile_after_steps=None, **settings))
             try:
                 for member in swarm.members:
                     await engine.load(member, str(swarm.checkpoint(member)))

@@ -10,7 +10,7 @@ import pytest
 
 from tests.benchmarks._asked import Failed, Process, prompts
 from tests.benchmarks._bandwidth import best_s
-from tests.benchmarks._decoding import How, Peers, Weights, first_token_s, step_s
+from tests.benchmarks._decoding import SHORT, TRIES, How, Peers, Weights, first_token_s, step_s
 
 ANSWERS = """
 import sys
@@ -52,6 +52,23 @@ def test_a_steps_time_holds_nothing_that_comes_once_and_no_prompt_is_asked_twice
     assert step_s(pace, 4) == pytest.approx(0.4)
     assert first_token_s(pace) == pytest.approx(3.1)
     assert len(set(pace.seeds)) == len(pace.seeds) == 7
+
+
+class Disturbed:
+    """Another program runs during the first short answers: 90 s more."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+
+    def ask(self, do: str, **question: int) -> float:
+        self.times -= question["new"] == SHORT
+        return 0.1 * question["new"] + (90 if question["new"] == SHORT and self.times >= 0 else 0)
+
+
+def test_a_step_that_would_take_less_than_no_time_is_measured_anew_and_then_given_up():
+    assert step_s(Disturbed(TRIES - 1), 1) == pytest.approx(0.1)
+    with pytest.raises(Failed, match="the machine has other work"):
+        step_s(Disturbed(TRIES), 1)
 
 
 def test_prompts_are_the_same_for_all_who_are_asked_and_never_end_a_text():

@@ -50,6 +50,8 @@ class Config(KindConfig):
     max_batch_tokens: int = Field(512, ge=1)  # of a step, prompts included: a long one does not stall the others
     max_waiting: int = Field(1_024, ge=1)  # requests beyond it are refused
     num_prefixes: int = Field(4, ge=1)  # texts per member that next_logprobs remembers, for kinds without pages
+    compile_after_steps: int | None = Field(500, ge=0)  # a batch size used so often is compiled, meanwhile; None: none
+    max_compile_s: float = Field(120.0, ge=0)  # for each spec, in the background
     device: str | None = None  # None: CUDA where there is one
     threads: int | None = Field(None, ge=1)  # of torch on CPU; None: as the process has
 
@@ -287,6 +289,8 @@ class LocalEngine:
                 device=self._device,
                 kv_cache_bytes=cache_bytes,
                 max_batch_tokens=self.config.max_batch_tokens,
+                compile_after_steps=self.config.compile_after_steps,
+                max_compile_s=self.config.max_compile_s,
             )
         return Rows(
             spec,
@@ -413,6 +417,8 @@ class LocalEngine:
         """End the thread; answers under way fail."""
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
+        for runner in [runner for runners in self._runners.values() for runner in runners]:
+            await asyncio.to_thread(runner.end)
 
 
 def _put_all(items: Sequence[tuple[asyncio.Queue[Any], Any]]) -> None:

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,9 +42,9 @@ class Flat:
 
     @classmethod
     def of(cls, spans: Sequence[Span], max_pages: int, device: torch.device, num_tokens: int | None = None) -> Flat:
-        """Spans, sorted by slot, as tensors; filled up to `num_tokens` tokens and spans where that is given.
+        """Spans, sorted by slot, as tensors; filled up to `num_tokens` where that is given.
 
-        A filling token stands at position 0 of a span whose first page is 0, which belongs to nobody.
+        A filling token stands at position 0 of a span of its own, whose first page is 0, which belongs to nobody.
         """
         tokens: list[int] = []
         positions: list[int] = []
@@ -66,16 +67,16 @@ class Flat:
         num_spans = len(spans)
         if num_tokens is not None and num_tokens > len(tokens):
             fill = num_tokens - len(tokens)
-            numbers += [num_spans] * fill
-            num_spans = num_tokens + 1
+            numbers += range(num_spans, num_spans + fill)
+            num_spans += fill
             tokens, positions, slots = (x + [0] * fill for x in (tokens, positions, slots))
         tables = []
         for group in range(len(spans[0].tables) if spans else 0):
-            table_NC = torch.zeros(num_spans, max_pages, dtype=torch.int32)
+            table_NC = np.zeros((num_spans, max_pages), dtype=np.int32)
             for number, span in enumerate(spans):
                 pages = span.tables[group]
-                table_NC[number, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
-            tables.append(table_NC.to(device))
+                table_NC[number, : len(pages)] = pages
+            tables.append(torch.from_numpy(table_NC).to(device))
         made = torch.tensor([tokens, positions, slots, numbers]).to(device)
         return cls(
             made[0], made[1], made[2], made[3], _as_tensor(segments), tuple(tables), tuple(segments), tuple(bounds)

@@ -159,6 +159,9 @@ class Rows:
         self._prefixes[ids] = cache
         return logits_V
 
+    def end(self) -> None:
+        """Nothing works in the background."""
+
     def stats(self) -> dict[str, float]:
         """Memory."""
         prefixes = sum(cache.nbytes for cache in self._prefixes.values())

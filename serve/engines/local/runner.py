@@ -76,6 +76,10 @@ class Runner(Protocol):
         """One pass. logits_CV in float32 (hidden states where those are wanted), and the rows of each piece of work."""
         ...
 
+    def end(self) -> None:
+        """Wait for what works in the background."""
+        ...
+
     def stats(self) -> dict[str, float]:
         """Memory and hits, summed over runners by the engine."""
         ...

@@ -229,6 +229,9 @@ class Scheduler:
         for member in members:
             while not answer.members[member].runner.extend(choice.seats[member], stop):
                 victim = self._last_in(answer.members[member].runner)
+                if victim is answer and stop - start > 1:
+                    stop = start + (stop - start) // 2  # a long piece holds pages that a window soon gives back
+                    continue
                 self._preempt(victim, planned)
                 if victim is answer:
                     return

@@ -12,90 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from serve.engines.local.compiled import Shapes
 from serve.engines.local.flat import MAX_SLOTS, Flat, Span
-from serve.engines.local.matrix import Matrix
+from serve.engines.local.leaves import Current, exchange, has_kernels, turn_natively
 from serve.engines.local.paged import PAGE_TOKENS, PagedKeyValues
 from serve.engines.local.pages import LayerGroup, Pages, Seat
 from serve.engines.local.runner import Work
 from ulm import registry
-from ulm.components.attention._projected import HeadNorm, Scored
+from ulm.components.attention._projected import Scored
 from ulm.components.contracts import Mask
-from ulm.components.norm.layernorm import LayerNorm
-from ulm.components.norm.rmsnorm import RMSNorm
 from ulm.models.account import on_meta
 from ulm.spec import ModelSpec
-
-
-class Current:
-    """The tokens that the pass under way is about."""
-
-    flat: Flat
-
-
-class StackedLinear(nn.Module):
-    """nn.Linear with a matrix for each slot."""
-
-    def __init__(self, like: nn.Linear, current: Current, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        self.current = current
-        self.matrix = Matrix(like.out_features, like.in_features, dtype=dtype, device=device)
-
-    def put(self, slot: int, weight_FD: Tensor, bias_F: Tensor | None = None) -> None:
-        """A member's weights."""
-        self.matrix.put(slot, weight_FD, bias_F)
-
-    def drop(self, slot: int) -> None:
-        """Forget a member's."""
-        self.matrix.drop(slot)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of all slots' weights."""
-        return self.matrix.nbytes
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Each token by its member's matrix."""
-        return self.matrix.linear(x, self.current.flat)
-
-
-class StackedNorm(nn.Module):
-    """A norm over the last dimension with a scale, and perhaps a shift, for each slot."""
-
-    weight_ND: Tensor
-    bias_ND: Tensor | None
-
-    def __init__(self, like: Any, current: Current, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        self.current, self.eps, self.width = current, like.eps, like.weight.shape[-1]
-        self.is_centred = isinstance(like, nn.LayerNorm)
-        shape = (MAX_SLOTS, self.width)
-        self.register_buffer("weight_ND", torch.zeros(shape, dtype=dtype, device=device))
-        has_bias = getattr(like, "bias", None) is not None
-        self.register_buffer("bias_ND", torch.zeros(shape, dtype=dtype, device=device) if has_bias else None)
-
-    def put(self, slot: int, weight_D: Tensor, bias_D: Tensor | None = None) -> None:
-        """A member's scale and shift."""
-        self.weight_ND[slot] = weight_D
-        if self.bias_ND is not None and bias_D is not None:
-            self.bias_ND[slot] = bias_D
-
-    def drop(self, slot: int) -> None:
-        """Nothing: the slot's numbers are overwritten by the next member's."""
-
-    @property
-    def nbytes(self) -> int:
-        """Left out of account: a thousandth of the matrices."""
-        return 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normed, scaled by each token's member."""
-        slots_B, shape = self.current.flat.slots_B, (self.width,)
-        around = (x.shape[0], *[1] * (x.dim() - 2), self.width)
-        weight = self.weight_ND[slots_B].view(around)
-        if not self.is_centred:
-            return nn.functional.rms_norm(x, shape, None, self.eps) * weight
-        normed = nn.functional.layer_norm(x, shape, None, None, self.eps) * weight
-        return normed if self.bias_ND is None else normed + self.bias_ND[slots_B].view(around)
 
 
 class PagedState:
@@ -122,14 +49,6 @@ class PagedState:
         return out_BHE[:, None]
 
 
-LEAVES: dict[type, type] = {
-    nn.Linear: StackedLinear,
-    RMSNorm: StackedNorm,
-    HeadNorm: StackedNorm,
-    LayerNorm: StackedNorm,
-}
-
-
 def can_stack(spec: ModelSpec) -> bool:
     """Whether all layers of a spec attend by scores, and so can have their past in pages."""
     return all(issubclass(registry.find("attention", layer.attention.kind), Scored) for layer in spec.blocks_of_weights)
@@ -146,55 +65,31 @@ class Stack:
         device: torch.device,
         kv_cache_bytes: int,
         max_batch_tokens: int,
+        compile_after_steps: int | None = None,
+        max_compile_s: float = 0.0,
     ) -> None:
         self.spec, self.dtype, self.device = spec, dtype, device
-        self._current = Current()
+        self.current = Current()
         self.model = on_meta(spec).eval().requires_grad_(False)
         # Activations: float32 on a CPU, whatever the weights are stored as.
         self.active_dtype = torch.float32 if device.type == "cpu" else dtype
-        self._leaves = self._exchange()
+        self._leaves = exchange(self.model, self.current, dtype, self.active_dtype, device)
+        self.matrices = [leaf.matrix for leaf in self._leaves if hasattr(leaf, "matrix")]
         self._own = self._materialise()
         self.max_slots = 1 if self._own else MAX_SLOTS
         self.used_slots: set[int] = set()
         self.num_asked_tokens = self.num_shared_tokens = self.num_seats = 0
         self._lay_out_pages(kv_cache_bytes, max_batch_tokens)
+        self.shapes = Shapes(self, compile_after_steps, max_compile_s)
 
     # ---- weights
-
-    def _exchange(self) -> dict[str, Any]:
-        """Put stacked forms in place of the leaves that have one; returns them by name."""
-        found: dict[str, Any] = {}
-        for name, module in self._token_wise(self.model, ""):
-            stacked = LEAVES.get(type(module))
-            if stacked is not None:
-                owner, _, attribute = name.rpartition(".")
-                dtype = self.dtype if stacked is StackedLinear else self.active_dtype
-                found[name] = stacked(module, self._current, dtype, self.device)
-                setattr(self.model.get_submodule(owner), attribute, found[name])
-        embedding, head = self.model.embedding, self.model.head
-        matrix = Matrix(head.vocab_size, self.spec.d_model, dtype=self.dtype, device=self.device)
-        is_tied = head.weight is embedding.weight
-        table = matrix if is_tied else Matrix(head.vocab_size, self.spec.d_model, dtype=self.dtype, device=self.device)
-        head.project = lambda x: matrix.linear(x, self._current.flat)
-        embedding.look_up = lambda tokens_BT: table.embed(tokens_BT[:, 0], self._current.flat)[:, None]
-        found["embedding"] = _Table(table)
-        if not is_tied:
-            found["head"] = _Table(matrix)
-        del embedding.weight, head.weight
-        return found
-
-    def _token_wise(self, module: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
-        """Modules by name, but those within one that puts tokens into another order."""
-        found = []
-        for name, child in list(module.named_children()):
-            if not getattr(child, "rearranges_tokens", False):
-                found += [(prefix + name, child), *self._token_wise(child, f"{prefix}{name}.")]
-        return found
 
     def _materialise(self) -> dict[str, nn.Parameter]:
         """Real tensors for what is left: constants, and parameters without a stacked form, of one member only."""
         position = registry.find("position", self.spec.position.kind)(self.spec.position, self.model.dims)
         position = position.to(self.device).requires_grad_(False)
+        if has_kernels(self.device):
+            turn_natively(position)
         self.model.position = position
         for block in self.model.blocks:
             block.attention.position = position
@@ -209,8 +104,8 @@ class Stack:
 
     def put(self, slot: int, tensors: dict[str, Tensor]) -> None:
         """A member's weights, by their names in a checkpoint."""
-        for name, leaf in self._leaves.items():
-            leaf.put(slot, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
+        for leaf in self._leaves:
+            leaf.put(slot, tensors)
         for name, parameter in self._own.items():
             parameter.copy_(tensors[name])
         if getattr(self.model.position, "has_bias", False):
@@ -219,7 +114,7 @@ class Stack:
     def drop(self, slot: int, key: Hashable) -> None:
         """Forget a member's weights, and the pages of its texts."""
         self.pages.drop((slot, key))
-        for leaf in self._leaves.values():
+        for leaf in self._leaves:
             leaf.drop(slot)
         self.used_slots.discard(slot)
 
@@ -235,7 +130,7 @@ class Stack:
     def weight_bytes(self) -> int:
         """Memory of all members' weights."""
         own = sum(parameter.nbytes for parameter in self._own.values())
-        return own + sum(int(leaf.nbytes) for leaf in self._leaves.values())
+        return own + sum(int(leaf.nbytes) for leaf in self._leaves)
 
     # ---- pages
 
@@ -264,7 +159,7 @@ class Stack:
             [LayerGroup(size, *group) for size, group in zip(sizes, groups, strict=True)], page_tokens=PAGE_TOKENS
         )
         self.max_pages = -(-context_tokens // PAGE_TOKENS)
-        self._stores = [
+        self.stores = [
             PagedKeyValues(
                 sizes[groups.index(kind)],
                 block.attention.num_kv_heads,
@@ -276,8 +171,8 @@ class Stack:
         ]
         self._group_of_layer = [groups.index(kind) for kind in kinds]
         self.states = [
-            PagedState(store, group, self._current)
-            for store, group in zip(self._stores, self._group_of_layer, strict=True)
+            PagedState(store, group, self.current)
+            for store, group in zip(self.stores, self._group_of_layer, strict=True)
         ]
 
     def fits(self, num_tokens: int, num_seats: int) -> bool:
@@ -305,7 +200,7 @@ class Stack:
         """Pages for the tokens up to so many; False: there are none, and nothing has changed."""
         copies = self.pages.extend(seat, num_tokens)
         for copy in copies or ():
-            for store, group in zip(self._stores, self._group_of_layer, strict=True):
+            for store, group in zip(self.stores, self._group_of_layer, strict=True):
                 if group == copy.group:
                     store.copy_page(copy.source, copy.target)
         return copies is not None
@@ -324,15 +219,22 @@ class Stack:
         self.num_seats -= 1
         self.pages.close(seat)
 
+    def end(self) -> None:
+        """Wait for what works in the background."""
+        self.shapes.join()
+
     def stats(self) -> dict[str, float]:
         """Memory, and how much of the prompts was known already."""
         used = sum(self.pages.num_used(group) * size for group, size in enumerate(self._page_bytes))
         return {
             "weight_bytes": float(self.weight_bytes),
-            "kv_cache_bytes": float(sum(store.nbytes for store in self._stores)),
+            "kv_cache_bytes": float(sum(store.nbytes for store in self.stores)),
             "kv_cache_used_bytes": float(used),
             "prompt_tokens": float(self.num_asked_tokens),
             "shared_prompt_tokens": float(self.num_shared_tokens),
+            "compiled_shapes": float(self.shapes.num_ready),
+            "compiling": float(self.shapes.is_busy),
+            "compile_seconds": self.shapes.seconds,
         }
 
     # ---- passes
@@ -342,8 +244,18 @@ class Stack:
         """One pass over all of it. logits_CV in float32 (hidden states where all want those), and each piece's rows."""
         order = sorted(range(len(work)), key=lambda n: work[n].seat.key[0])
         spans = [Span(p.seat.key[0], p.start, p.tokens, p.seat.tables) for p in (work[n] for n in order)]
-        flat = Flat.of(spans, self.max_pages, self.device)
-        x_BD = self._advance(flat)
+        shape = None
+        if all(len(span.tokens) == 1 for span in spans) and work[0].want != "hidden":
+            shape = self.shapes.find(len(spans), {span.slot for span in spans})
+        flat = Flat.of(spans, self.max_pages, self.device, shape and shape[0])
+        if shape is not None:
+            rows_of = {n: place for place, n in enumerate(order)}
+            return shape[1](flat).float(), [
+                (rows_of[n], rows_of[n] + (piece.want != "none")) for n, piece in enumerate(work)
+            ]
+        self.current.flat = flat
+        x_BTD: Tensor = self.model.advance(flat.tokens_B[:, None], flat.positions_B[:, None], Mask(), self.states)
+        x_BD = x_BTD[:, 0]
         chosen: list[int] = []
         bounds = [(0, 0)] * len(work)
         for n, (begin, end) in zip(order, flat.bounds, strict=True):
@@ -355,34 +267,9 @@ class Stack:
             return x_BD[: len(chosen)].float(), bounds
         if len(chosen) < len(x_BD):
             index = torch.tensor(chosen, device=self.device)
-            x_BD, self._current.flat = x_BD[index], flat.only(chosen, index)
+            x_BD, self.current.flat = x_BD[index], flat.only(chosen, index)
         logits_CV: Tensor = self.model.head(x_BD[:, None])[:, 0]
         return logits_CV.float(), bounds
-
-    def _advance(self, flat: Flat) -> Tensor:
-        self._current.flat = flat
-        x_BTD: Tensor = self.model.advance(flat.tokens_B[:, None], flat.positions_B[:, None], Mask(), self.states)
-        return x_BTD[:, 0]
-
-
-class _Table:
-    """A matrix as a leaf: of the embedding, or of the head."""
-
-    def __init__(self, matrix: Matrix) -> None:
-        self._matrix = matrix
-
-    def put(self, slot: int, weight_VD: Tensor, bias: None = None) -> None:
-        """A member's table; its rows beyond the vocabulary are left out."""
-        self._matrix.put(slot, weight_VD[: self._matrix.num_out], None)
-
-    def drop(self, slot: int) -> None:
-        """Forget a member's."""
-        self._matrix.drop(slot)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of all slots' tables."""
-        return self._matrix.nbytes
 
 
 def setattr_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -73,13 +73,18 @@ class Projected(nn.Module):
         self, x_BTD: Tensor, positions_BT: Tensor, values_BTJ: Tensor | None, *, turned: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q_BTHE, k_BTKE, v_BTKE; queries and keys turned by their positions, `values_BTJ` added to the values."""
-        q_BTHE = self.q(x_BTD).unflatten(-1, (-1, self.head_dim))
-        k_BTKE = self.k(x_BTD).unflatten(-1, (-1, self.head_dim))
-        v_BTJ = self.v(x_BTD) if values_BTJ is None else self.v(x_BTD) + values_BTJ
+        q_BTJ, k_BTJ, v_BTJ = self.products(x_BTD)
+        q_BTHE, k_BTKE = (x.unflatten(-1, (-1, self.head_dim)) for x in (q_BTJ, k_BTJ))
+        if values_BTJ is not None:
+            v_BTJ = v_BTJ + values_BTJ
         q_BTHE, k_BTKE = self.q_norm(q_BTHE), self.k_norm(k_BTKE)
         if turned:
             q_BTHE, k_BTKE = (self.position.rotate(x, positions_BT) for x in (q_BTHE, k_BTKE))
         return q_BTHE, k_BTKE, v_BTJ.unflatten(-1, (-1, self.head_dim))
+
+    def products(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as they leave their matrices; an engine that makes one of them puts its own here."""
+        return self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
 
     def bias(self, positions_BT: Tensor | None, places: Any) -> Tensor | None:
         """What the position kind adds to the scores, as bias_BHTS or None. Without places the queries are the keys."""

@@ -29,4 +29,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Each token on its own, as out_BTD."""
-        return self.out(silu(self.gate(x_BTD)) * self.up(x_BTD))
+        return self.out(self.gated(x_BTD))
+
+    def gated(self, x_BTD: Tensor) -> Tensor:
+        """The hidden units; an engine that makes one matrix of both puts its own here."""
+        return silu(self.gate(x_BTD)) * self.up(x_BTD)

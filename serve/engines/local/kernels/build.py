@@ -53,8 +53,8 @@ def _load() -> str | None:
     except (UnsupportedError, OSError) as error:
         log.warning("the local engine's kernels are missing, and plain torch runs instead: %s", error)
         return str(error)
-    for name, fake in (("linear", _linear), ("embed", _embed), ("attend", _attend)):
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
+    for fake in (_linear, _embed, _attend, _norm, _rotate, _gate):
+        torch.library.register_fake(f"{NAMESPACE}::{fake.__name__[1:]}", fake)
     return None
 
 
@@ -133,6 +133,18 @@ def _linear(x: Tensor, weights: Tensor, biases: Tensor, segments: Tensor, num_ou
 
 def _embed(tokens: Tensor, slots: Tensor, weights: Tensor, num_rows: int, width: int, is_bfloat16: bool) -> Tensor:
     return tokens.new_empty(tokens.shape[0], width, dtype=torch.float32)
+
+
+def _norm(x: Tensor, slots: Tensor, weight: Tensor, bias: Tensor | None, eps: float, is_centred: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _rotate(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _gate(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] // 2)
 
 
 def _attend(

@@ -547,9 +547,110 @@ Tensor attend(Tensor q_BHE, Tensor k_BKE, Tensor v_BKE, Tensor k_pages, Tensor v
   return out;
 }
 
+// ---- what stands between the products: each row on its own, in one order
+
+constexpr int64_t FEW = 1 << 14;  // numbers that one thread goes through faster than two are woken
+
+// (x - mean) / sqrt(var + eps) * weight + bias, or x / sqrt(mean(x^2) + eps) * weight, of R rows for each token.
+void norm_row(const float* x, const float* weight, const float* bias, float eps, bool is_centred, int64_t width,
+              float* out) {
+  const int64_t whole = width / LANES * LANES;
+  float mean = 0;
+  if (is_centred) {
+    Vec total{};
+    for (int64_t d = 0; d < whole; d += LANES) total += load(x + d);
+    mean = sum(total);
+    for (int64_t d = whole; d < width; d++) mean += x[d];
+    mean /= width;
+  }
+  Vec squares{};
+  for (int64_t d = 0; d < whole; d += LANES) {
+    const Vec from_mean = load(x + d) - all(mean);
+    squares = fma(from_mean, from_mean, squares);
+  }
+  float square = sum(squares);
+  for (int64_t d = whole; d < width; d++) square += (x[d] - mean) * (x[d] - mean);
+  const float scale = 1 / std::sqrt(square / width + eps);
+  for (int64_t d = 0; d < whole; d += LANES) {
+    const Vec normed = (load(x + d) - all(mean)) * all(scale) * load(weight + d);
+    store(out + d, bias ? normed + load(bias + d) : normed);
+  }
+  for (int64_t d = whole; d < width; d++) out[d] = (x[d] - mean) * scale * weight[d] + (bias ? bias[d] : 0);
+}
+
+Tensor norm(Tensor x_BRD, Tensor slots_B, Tensor weight_ND, std::optional<Tensor> bias_ND, double eps,
+            bool is_centred) {
+  expect(x_BRD, ScalarType::Float, 3, "x_BRD");
+  const Tensor x = dense_rows(x_BRD), slots = torch::stable::contiguous(slots_B);
+  const int64_t num_tokens = x.size(0), rows = x.size(1), width = x.size(2);
+  STD_TORCH_CHECK(weight_ND.size(1) == width && slots.size(0) == num_tokens, "another width or number of tokens");
+  Tensor out = torch::stable::new_empty(x, {num_tokens, rows, width});
+#pragma omp parallel for num_threads(torch::stable::get_num_threads()) if (num_tokens * rows * width > FEW)
+  for (int64_t b = 0; b < num_tokens; b++) {
+    const int64_t at = data<int64_t>(slots)[b] * width;
+    const float* bias = bias_ND ? data<float>(*bias_ND) + at : nullptr;
+    for (int64_t r = 0; r < rows; r++)
+      norm_row(data<float>(x) + b * x.stride(0) + r * width, data<float>(weight_ND) + at, bias, eps, is_centred, width,
+               data<float>(out) + (b * rows + r) * width);
+  }
+  return out;
+}
+
+// The first dimensions of each head turned by the token's position: halves paired, the minus in the table of sines.
+Tensor rotate(Tensor x_BHE, Tensor positions_B, Tensor cos_SE, Tensor sin_SE) {
+  expect(x_BHE, ScalarType::Float, 3, "x_BHE");
+  const Tensor x = dense_rows(x_BHE), positions = torch::stable::contiguous(positions_B);
+  const int64_t num_tokens = x.size(0), heads = x.size(1), dim = x.size(2), turned = cos_SE.size(1), half = turned / 2;
+  Tensor out = torch::stable::new_empty(x, {num_tokens, heads, dim});
+#pragma omp parallel for num_threads(torch::stable::get_num_threads()) if (num_tokens * heads * dim > FEW)
+  for (int64_t b = 0; b < num_tokens; b++) {
+    const int64_t position = data<int64_t>(positions)[b];
+    const float* cos = data<float>(cos_SE) + position * turned;
+    const float* sin = data<float>(sin_SE) + position * turned;
+    for (int64_t h = 0; h < heads; h++) {
+      const float* from = data<float>(x) + b * x.stride(0) + h * dim;
+      float* to = data<float>(out) + (b * heads + h) * dim;
+      int64_t e = 0;
+      for (; e + LANES <= half; e += LANES) {
+        const Vec first = load(from + e), second = load(from + half + e);
+        store(to + e, fma(second, load(sin + e), first * load(cos + e)));
+        store(to + half + e, fma(first, load(sin + half + e), second * load(cos + half + e)));
+      }
+      for (; e < half; e++) {
+        to[e] = from[e] * cos[e] + from[half + e] * sin[e];
+        to[half + e] = from[half + e] * cos[half + e] + from[e] * sin[half + e];
+      }
+      std::copy(from + turned, from + dim, to + turned);
+    }
+  }
+  return out;
+}
+
+inline Vec silu(Vec x) { return x / (all(1.f) + exp(-x)); }
+
+// silu of the first half of each row times the second half.
+Tensor gate(Tensor x_BF) {
+  expect(x_BF, ScalarType::Float, 2, "x_BF");
+  const Tensor x = dense_rows(x_BF);
+  const int64_t num_tokens = x.size(0), width = x.size(1) / 2;
+  Tensor out = torch::stable::new_empty(x, {num_tokens, width});
+#pragma omp parallel for num_threads(torch::stable::get_num_threads()) if (num_tokens * width > FEW)
+  for (int64_t b = 0; b < num_tokens; b++) {
+    const float* from = data<float>(x) + b * x.stride(0);
+    float* to = data<float>(out) + b * width;
+    int64_t f = 0;
+    for (; f + LANES <= width; f += LANES) store(to + f, silu(load(from + f)) * load(from + width + f));
+    for (; f < width; f++) to[f] = silu(all(from[f]))[0] * from[width + f];
+  }
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(ulm_engine, m) {
+  m.def("norm(Tensor x, Tensor slots, Tensor weight, Tensor? bias, float eps, bool is_centred) -> Tensor");
+  m.def("rotate(Tensor x, Tensor positions, Tensor cos, Tensor sin) -> Tensor");
+  m.def("gate(Tensor x) -> Tensor");
   m.def("pack(Tensor weight, bool is_bfloat16) -> Tensor");
   m.def("linear(Tensor x, Tensor weights, Tensor biases, Tensor segments, int num_out, bool is_bfloat16) -> Tensor");
   m.def("embed(Tensor tokens, Tensor slots, Tensor weights, int num_rows, int width, bool is_bfloat16) -> Tensor");
@@ -563,4 +664,7 @@ STABLE_TORCH_LIBRARY_IMPL(ulm_engine, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("embed", TORCH_BOX(&embed));
   m.impl("attend", TORCH_BOX(&attend));
+  m.impl("norm", TORCH_BOX(&norm));
+  m.impl("rotate", TORCH_BOX(&rotate));
+  m.impl("gate", TORCH_BOX(&gate));
 }
