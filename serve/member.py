@@ -16,6 +16,21 @@ from serve.metrics import recorder
 from ulm import registry
 
 STATS_PERIOD_S = 5.0
+# What an engine's stats are called among the metrics; one that has no such number leaves it out.
+GAUGES: tuple[tuple[str, str, dict[str, str]], ...] = (
+    ("resident_bytes", "ulm_memory_resident_bytes", {}),
+    ("gpu_bytes", "ulm_memory_gpu_bytes", {}),
+    ("running", "ulm_engine_answers", {"state": "running"}),
+    ("waiting", "ulm_engine_answers", {"state": "waiting"}),
+    ("weight_bytes", "ulm_engine_weight_bytes", {}),
+    ("kv_cache_used_bytes", "ulm_engine_kv_cache_bytes", {"kind": "used"}),
+    ("kv_cache_bytes", "ulm_engine_kv_cache_bytes", {"kind": "total"}),
+)
+COUNTERS: tuple[tuple[str, str, dict[str, str]], ...] = (
+    ("preemptions", "ulm_engine_preemptions_total", {}),
+    ("prompt_tokens", "ulm_engine_prompt_tokens_total", {"kind": "all"}),
+    ("shared_prompt_tokens", "ulm_engine_prompt_tokens_total", {"kind": "shared"}),
+)
 
 
 class EngineHost:
@@ -37,10 +52,16 @@ class EngineHost:
                 self._reporting = asyncio.create_task(self._report())
 
     async def _report(self) -> None:
+        counted: dict[str, float] = {}
         while True:
             stats = await self.engine.stats()
-            self._record("ulm_memory_resident_bytes", stats["resident_bytes"], {"role": self._role})
-            self._record("ulm_memory_gpu_bytes", stats["gpu_bytes"], {"role": self._role})
+            for name, metric, tags in GAUGES:
+                if name in stats:
+                    self._record(metric, stats[name], {"role": self._role, **tags})
+            for name, metric, tags in COUNTERS:
+                if name in stats:
+                    self._record(metric, stats[name] - counted.get(name, 0.0), {"role": self._role, **tags})
+                    counted[name] = stats[name]
             await asyncio.sleep(STATS_PERIOD_S)
 
 

@@ -43,6 +43,12 @@ _TABLE = (
     Metric("ulm_tokens_total", "counter", ("model", "kind"), "Tokens served; kind is prompt or generated."),
     Metric("ulm_generated_tokens_per_second", "gauge", ("model",), "Tokens generated per second, lately."),
     Metric("ulm_member_weight", "gauge", ("member",), "Share of a member in the newest answer, 0 to 1."),
+    # an engine, by the role of its process: engine, or gateway where it is inside
+    Metric("ulm_engine_answers", "gauge", ("role", "state"), "Answers under way; state is running or waiting."),
+    Metric("ulm_engine_weight_bytes", "gauge", ("role",), "Memory of the members' weights."),
+    Metric("ulm_engine_kv_cache_bytes", "gauge", ("role", "kind"), "Of keys, values, states; kind is used or total."),
+    Metric("ulm_engine_preemptions_total", "counter", ("role",), "Answers that gave their memory to earlier ones."),
+    Metric("ulm_engine_prompt_tokens_total", "counter", ("role", "kind"), "Of prompts; kind is all, or shared: known."),
     # every process; `role` is trainer, engine, gateway …
     Metric("ulm_memory_resident_bytes", "gauge", ("role",), "Resident memory of a process."),
     Metric("ulm_memory_gpu_bytes", "gauge", ("role",), "GPU memory allocated by a process."),

@@ -114,7 +114,10 @@ def test_a_client_that_leaves_frees_its_rows(served: dict[str, Any]) -> None:
 def test_the_metrics_page_has_the_series_of_all_replicas(client: openai.OpenAI, served: dict[str, Any]) -> None:
     client.completions.create(model="e00", prompt="a", max_tokens=2)
     deadline_s = time.monotonic() + METRICS_TIMEOUT_S  # Ray exports every few seconds
-    wanted = ("ray_ulm_requests_total", "ray_ulm_memory_resident_bytes", "ray_ulm_ttft_seconds_bucket")
+    wanted = (
+        *("ray_ulm_requests_total", "ray_ulm_memory_resident_bytes", "ray_ulm_ttft_seconds_bucket"),
+        *("ray_ulm_engine_answers", "ray_ulm_engine_kv_cache_bytes", "ray_ulm_engine_prompt_tokens_total"),
+    )
     page = ""
     while time.monotonic() < deadline_s and not all(name in page for name in wanted):
         page = httpx.get(served["url"].removesuffix("/v1") + "/metrics", trust_env=False).text

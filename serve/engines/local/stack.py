@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from serve.engines.local.compiled import Shapes
 from serve.engines.local.flat import MAX_SLOTS, Flat, Span
 from serve.engines.local.leaves import Current, exchange, has_kernels, turn_natively
+from serve.engines.local.matrix import settle
 from serve.engines.local.paged import PAGE_TOKENS, PagedKeyValues
 from serve.engines.local.pages import LayerGroup, Pages, Seat
 from serve.engines.local.runner import Work
@@ -106,6 +107,8 @@ class Stack:
         """A member's weights, by their names in a checkpoint."""
         for leaf in self._leaves:
             leaf.put(slot, tensors)
+        if has_kernels(self.device):
+            settle(self.matrices, slot)
         for name, parameter in self._own.items():
             parameter.copy_(tensors[name])
         if getattr(self.model.position, "has_bias", False):

@@ -549,7 +549,7 @@ Tensor attend(Tensor q_BHE, Tensor k_BKE, Tensor v_BKE, Tensor k_pages, Tensor v
 
 // ---- what stands between the products: each row on its own, in one order
 
-constexpr int64_t FEW = 1 << 14;  // numbers that one thread goes through faster than two are woken
+constexpr int64_t FEW = 1 << 13;  // numbers that one thread goes through faster than two are woken
 
 // (x - mean) / sqrt(var + eps) * weight + bias, or x / sqrt(mean(x^2) + eps) * weight, of R rows for each token.
 void norm_row(const float* x, const float* weight, const float* bias, float eps, bool is_centred, int64_t width,
