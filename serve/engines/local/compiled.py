@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from ulm.components.contracts import Mask
 
 log = logging.getLogger(__name__)
 SIZES = (1, 8, 32, 128)  # tokens; larger batches have less of Python in them, and run as they are
+SWITCH_S = 0.0005  # while another thread compiles; by Python's 0.005 each operator of a step may wait so long
+NEVER = -(1 << 60)  # uses of a size that is not tried again
 Pass = Callable[[Flat], Tensor]  # the logits of each token, as logits_BV
 
 
@@ -71,8 +74,7 @@ class Shapes:
             return
         if self.seconds >= self._max_seconds:
             log.info("%.0f s were spent on compiling, the most allowed: other batch sizes run uncompiled", self.seconds)
-            self._is_off = not self._ready
-            self._uses[key] = -(1 << 60)
+            self._uses[key] = NEVER
             return
         if not runtime.can_compile(self._stack.device):
             log.warning("torch.compile has no compiler or no Python headers here: passes run uncompiled")
@@ -82,15 +84,19 @@ class Shapes:
         self._thread.start()
 
     def _make(self, key: tuple[int, int]) -> None:
-        started_s = time.monotonic()
+        started_s, interval_s = time.monotonic(), sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_S)
         try:
             make = _recorded if self._stack.device.type == "cuda" else _compiled
             self._ready[key] = make(self._stack, *key)
         except Exception as error:  # noqa: BLE001  whatever the compiler could not do: the plain pass goes on
             log.warning("batches of %d run uncompiled: %s", key[0], str(error).strip().splitlines()[:1])
-            self._uses[key] = -(1 << 60)
-        self.seconds += time.monotonic() - started_s
-        log.info("batches of up to %d are compiled, in %.1f s", key[0], time.monotonic() - started_s)
+            self._uses[key] = NEVER
+        else:
+            log.info("batches of up to %d are compiled, in %.1f s", key[0], time.monotonic() - started_s)
+        finally:
+            sys.setswitchinterval(interval_s)
+            self.seconds += time.monotonic() - started_s
 
     def join(self) -> None:
         """Wait for what is in the making; nothing more is begun."""
