@@ -33,6 +33,14 @@ class RouterWeights:
     every_tokens: int = 64
     max_calls: int | None = None  # members that may be drawn in over the whole answer
 
+    def check(self) -> None:
+        """RequestError by name for settings that would leave an answer without members."""
+        if not self.members or len(set(self.members)) < len(self.members):
+            raise RequestError(f"weights: {self.members} names no members, or one twice", param="weights")
+        for name, value in (("top_k", self.top_k), ("every_tokens", self.every_tokens), ("max_calls", self.max_calls)):
+            if value is not None and not value >= 1:
+                raise RequestError(f"{name}: {value} is below 1", param=name)
+
 
 @dataclass(frozen=True)
 class GenerateRequest:
@@ -78,15 +86,17 @@ class GenerateRequest:
                 raise RequestError(f"{name}: {value} is not within 0 to {MAX_TOP_LOGPROBS}", param="logprobs")
         if self.deadline_s is not None and not self.deadline_s >= 0:
             raise RequestError(f"deadline_s: {self.deadline_s} is no time from now on", param="deadline_s")
-        if abs(self.priority) > MAX_PRIORITY:
+        if not abs(self.priority) <= MAX_PRIORITY:
             raise RequestError(f"priority: {self.priority} is beyond +-{MAX_PRIORITY}", param="priority")
         if isinstance(self.weights, RouterWeights):
+            self.weights.check()
             return
         for member, weight in self.weights.items():
             if not (weight >= 0 and math.isfinite(weight)):
                 raise RequestError(f"weights: {weight} of {member!r} is no weight", param="weights")
-        if not any(self.weights.values()):
-            raise RequestError("weights: at least one member needs a weight above zero", param="weights")
+        if not 0 < sum(self.weights.values()) < math.inf:
+            problem = "at least one member needs a weight above zero, and their sum must be finite"
+            raise RequestError(f"weights: {problem}", param="weights")
 
     @property
     def num_choices(self) -> int:
@@ -130,7 +140,7 @@ class TokenChunk:
     text: str
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
-    finish_reason: str | None = None  # stop, length or deadline, on a choice's last chunk
+    finish_reason: str | None = None  # stop or length, on a choice's last chunk; a deadline is length, and degraded
     calls: tuple[Call, ...] = ()  # on the last chunk of all
     degraded: str | None = None  # on the last chunk of all: what was not done as asked
     index: int = 0  # of the choice

@@ -12,7 +12,8 @@ import torch
 
 import ulm
 from serve.contracts import GenerateRequest, RouterWeights, TokenChunk
-from ulm.errors import ContextLengthError, ModelNotFoundError
+from tests.engine import equal_up_to_ties
+from ulm.errors import ContextLengthError, ModelNotFoundError, RequestError
 from ulm.models.generate import Generated, prompt_tokens
 from ulm.models.sampling import Sampling, choose
 from ulm.swarm.manifest import Swarm
@@ -20,7 +21,6 @@ from ulm.swarm.mixture import mix_logprobs
 from ulm.swarm.router import top_k
 
 PROMPTS = ["def __init__(self", "The following", "Return the", "", "import ", "A class", "x = [", "Parameters"]
-TIE = 1e-3  # greedy comparisons end, counted, where the top two logprobs are closer than this
 FP32_BATCHING = 2e-5  # float32 sums in another order
 
 
@@ -37,18 +37,6 @@ async def collect(engine: Any, asked: GenerateRequest) -> tuple[str, list[int], 
     tokens = [token for chunk in chunks for token in chunk.tokens]
     logprobs = [entry.logprob for chunk in chunks for entry in chunk.logprobs]
     return "".join(chunk.text for chunk in chunks), tokens, logprobs, chunks[-1]
-
-
-def equal_up_to_ties(model: Any, prompt: list[int], ours: list[int], oracle: list[int]) -> int:
-    """Asserts equal tokens up to the first tie; returns how many were compared."""
-    for at, (one, other) in enumerate(zip(ours, oracle, strict=False)):
-        if one != other:
-            logits_V = model(torch.tensor([prompt + oracle[:at]]))[0, -1]
-            first, second = logits_V.topk(2).values.tolist()
-            assert first - second < TIE, f"token {at}: {one} is not {other}, and the margin is {first - second}"
-            return at
-    assert len(ours) == len(oracle)
-    return len(ours)
 
 
 def test_many_answers_at_once_equal_the_plain_generator(swarm: Swarm, with_engine: Callable[..., Any]) -> None:
@@ -184,7 +172,7 @@ def test_the_failure_of_one_answer_is_its_own(swarm: Swarm, with_engine: Callabl
 
     async def body(engine: Any) -> Any:
         fine = asyncio.create_task(collect(engine, request(tokenizer, "The", {"e00": 1.0})))
-        with pytest.raises(ValueError, match="zip"):
+        with pytest.raises(RequestError, match="weighs 3 members, and 2 are named"):
             await collect(engine, request(tokenizer, "The", broken))
         return await fine
 

@@ -42,7 +42,9 @@ def up(
 ) -> None:
     """Serve until Ctrl-C. Prints {"url", "models", "pid"} once every model answers.
 
-    Example: ulm serve up serve.yaml --set port=8001
+    Example: ulm serve up serve.yaml --set port=8001 --set cpus=2
+
+    cpus: cores that each engine computes on. Settings of its own (docs/engine.md): --set engine.dtype=bfloat16
     """
     loaded = cast(ServeRecipe, load_recipe("serve up", recipe, overrides))
     root = runtime.root()

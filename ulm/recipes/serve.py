@@ -50,6 +50,8 @@ class ServeRecipe(Recipe):
     @field_validator("strategy", "engine", mode="before")
     @classmethod
     def _kind(cls, given: Any, info: Any) -> Any:
+        if info.field_name == "engine" and isinstance(given, dict):
+            given = {"kind": "local", **given}
         return None if given is None else configure(info.field_name, given).model_dump(exclude_unset=True)
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from serve.contracts import Call, GenerateRequest, RouterWeights, TokenChunk, To
 from serve.engines.local.members import Loaded
 from serve.engines.local.paged import PAGE_TOKENS
 from serve.engines.local.sampler import Row
+from ulm.errors import ArtefactError
 from ulm.models.generate import room
 from ulm.models.text_stream import TextStream
 from ulm.swarm.router import Router, top_k
@@ -59,15 +61,19 @@ class Choice:
         return len(self.tokens) - len(self.answer.request.tokens)
 
     def wanted_weights(self) -> dict[str, float] | None:
-        """New weights over members where it is time for them, else None."""
+        """New weights over members, of sum 1, where it is time for them, else None."""
         asked = self.answer.request.weights
         if not isinstance(asked, RouterWeights):
-            return None if self.weights else {m: w for m, w in asked.items() if w > 0}
+            total = math.fsum(asked.values())
+            return None if self.weights else {m: w / total for m, w in asked.items() if w > 0}
         if self.weights and self.num_generated % asked.every_tokens:
             return None
         assert self.answer.router is not None
         weights_N = top_k(self.answer.router.weights(self.answer.tokenizer.decode(self.tokens)), asked.top_k)
-        return {m: float(w) for m, w in zip(asked.members, weights_N, strict=True) if w > 0}
+        weights = {m: float(w) for m, w in zip(asked.members, weights_N, strict=True) if w > 0}
+        if not weights:
+            raise ArtefactError(f"{asked.path}: its router gives no member a weight above zero")
+        return weights
 
     def begin_parts(self, weights: dict[str, float], why: str) -> None:
         """Go on with these weights; a member that was not in the last ones begins a new part."""

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -150,10 +151,13 @@ def _compiled(stack: Any, size: int, slot: int) -> Pass:
         logits_BTV: Tensor = model.head(x_BTD)
         return logits_BTV[:, 0]
 
+    # Dynamo keeps what it has compiled by code object, eight times at most: each pass has one of its own.
+    own_advance = FunctionType(advance.__code__.replace(), globals(), "advance", None, advance.__closure__)
     example = _filling(stack, size, 0)
     with torch.no_grad():
-        found = torch.compile(advance, backend=backend, fullgraph=True, dynamic=False)(*_inputs(example))
+        found = torch.compile(own_advance, backend=backend, fullgraph=True, dynamic=False)(*_inputs(example))
     compiled, inputs = entered
+    entered.clear()  # Dynamo goes on holding the backend's function, which must not hold a dropped stack's pages
     own = [next((n for n, x in enumerate(_flattened(example)) if x is each), None) for each in inputs]
     kept = [None if place is not None else each for each, place in zip(inputs, own, strict=True)]
     assert found.shape[0] == size

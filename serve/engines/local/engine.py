@@ -7,7 +7,8 @@ import itertools
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -27,7 +28,15 @@ from serve.engines.local.stack import Stack, can_stack
 from ulm import runtime
 from ulm.checkpoints import store
 from ulm.checkpoints.manifest import read_manifest
-from ulm.errors import ConfigError, ModelNotFoundError, OverloadedError, UlmError, UnsupportedError
+from ulm.errors import (
+    ArtefactError,
+    ConfigError,
+    ModelNotFoundError,
+    OverloadedError,
+    RequestError,
+    UlmError,
+    UnsupportedError,
+)
 from ulm.models.account import num_parameters, on_meta
 from ulm.registry import KindConfig, register
 from ulm.spec import ModelSpec
@@ -36,6 +45,7 @@ from ulm.tokenizers.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+CLOSED = "the engine was closed"
 MAX_CACHE_BYTES = 1 << 30  # on a CPU, unless the recipe says more
 CACHE_SHARE = {"cpu": 0.25, "cuda": 0.8}  # of the memory that is free when the first member of a spec is loaded
 
@@ -90,126 +100,147 @@ class LocalEngine:
         self._routers: dict[str, Router] = {}
         self._numbers = itertools.count()
         self._num_evictions = 0
-        self._changing: asyncio.Lock | None = None  # one load, unload or reload at a time
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._leaving: list[Loaded] = []  # retired, with answers under way
+        self._is_closed = False
+        self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="local-engine", daemon=True)
         self._thread.start()
+        # One load, unload or reload at a time, whoever asks; it is brought to its end when who asked has left.
+        self._changes = ThreadPoolExecutor(1, thread_name_prefix="local-engine-changes")
 
     # ---- the thread that owns the models
 
     def _run(self) -> None:
-        busy = False
-        while True:
-            try:
-                command = self._commands.get(block=not busy)
-            except queue.Empty:
-                pass
-            else:
-                if command is None:
-                    self._scheduler.fail_all(UlmError("the engine was closed"))
-                    self._deliver()
-                    return
-                command()
-                busy = True
-                continue
-            try:
-                busy = self._scheduler.step()
-            except Exception as error:
-                log.exception("a step failed; its answers end with this error")
-                self._scheduler.fail_all(error)
-                busy = False
+        try:
+            busy = False
+            while True:
+                try:
+                    command = self._commands.get(block=not busy)
+                except queue.Empty:
+                    pass
+                else:
+                    if command is None:
+                        return
+                    _settle(*command)
+                    busy = True
+                    continue
+                busy = self._step()
+        finally:  # also where the engine itself has failed: nobody may wait for it
+            self._is_closed = True
+            self._refuse_commands()
+            self._scheduler.fail_all(UlmError(CLOSED))
             self._deliver()
+
+    def _step(self) -> bool:
+        """One step, and what comes of it; whether there is more to do."""
+        try:
+            busy = self._scheduler.step()
+        except Exception as error:
+            log.exception("a step failed; all answers end with this error")
+            self._scheduler.fail_all(error)
+            busy = False
+        self._deliver()
+        if any(not loaded.num_users for loaded in self._leaving):
+            self._drop_empty()
+        return busy
 
     def _deliver(self) -> None:
         """Hand a step's results to the event loops that wait for them, each woken once."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Any], Any]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Answer, Any]]] = {}
         for answer, item in self._scheduler.outbox:
-            mailbox: Mailbox = answer.mailbox
-            by_loop.setdefault(mailbox.loop, []).append((mailbox.queue, item))
+            by_loop.setdefault(answer.mailbox.loop, []).append((answer, item))
         self._scheduler.outbox.clear()
         for loop, items in by_loop.items():
             try:
                 loop.call_soon_threadsafe(_put_all, items)
             except RuntimeError:  # whoever asked has closed the loop: nobody is left to be told
-                log.debug("results for a closed event loop were dropped")
+                for answer, _ in items:
+                    answer.cancelled = True
 
-    async def _call(self, function: Callable[[], T]) -> T:
-        """Run a function in the engine's thread, between steps."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-
-        def settle(result: T | None, error: BaseException | None) -> None:
-            if future.cancelled():
-                return
-            if error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(result)  # type: ignore[arg-type]
-
-        def command() -> None:
+    def _refuse_commands(self) -> None:
+        while True:
             try:
-                result, failure = function(), None
-            except Exception as error:  # noqa: BLE001  handed to the caller, who awaits it
-                result, failure = None, error
-            loop.call_soon_threadsafe(settle, result, failure)
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return
+            if command is not None and command[1].set_running_or_notify_cancel():
+                command[1].set_exception(UlmError(CLOSED))
 
-        self._commands.put(command)
-        return await future
+    def _submit(self, function: Callable[[], T]) -> Future[T]:
+        """Have a function run in the engine's thread, between steps."""
+        future: Future[T] = Future()
+        self._commands.put((function, future))
+        if self._is_closed:  # looked at behind the put: either side refuses what the other has missed
+            self._refuse_commands()
+        return future
+
+    def _do(self, function: Callable[[], T]) -> T:
+        """The same, waited for: for the thread that changes members."""
+        return self._submit(function).result()
+
+    def _change(self, function: Callable[[], T]) -> Future[T]:
+        """Have a function run in the thread that changes members."""
+        try:
+            return self._changes.submit(function)
+        except RuntimeError:  # it has ended
+            raise UlmError(CLOSED) from None
 
     # ---- members
 
     async def members(self) -> dict[str, MemberInfo]:
         """What can be asked: loaded, or put away and loaded again when it is asked."""
-        return {member: source.info for member, source in self._sources.items()}
+        return {member: source.info for member, source in list(self._sources.items())}
 
     async def load(self, member: str, checkpoint: str) -> MemberInfo:
         """Make a member from a checkpoint folder. One of that name is replaced, whatever it was."""
-        async with self._change():
-            source = await asyncio.to_thread(self._read_source, checkpoint)
-            await self._install(member, source)
+
+        def load() -> MemberInfo:
+            source = self._read_source(checkpoint)
+            self._install(member, source)
             return source.info
+
+        return await asyncio.wrap_future(self._change(load))
 
     async def unload(self, member: str) -> None:
         """Forget a member; answers under way are finished."""
-        async with self._change():
+
+        def remove() -> None:
             self._source(member)
+            self._sources.pop(member)
+            self._put_away(member)
+            self._drop_empty()
 
-            def remove() -> None:
-                self._sources.pop(member)
-                if (loaded := self._loaded.pop(member, None)) is not None:
-                    loaded.retire()
-                self._drop_empty()
-
-            await self._call(remove)
+        await asyncio.wrap_future(self._change(lambda: self._do(remove)))
 
     async def reload(self, member: str, checkpoint: str) -> MemberInfo:
         """New weights for a member; answers under way go on with the old ones. ConfigError for another shape."""
-        async with self._change():
-            old = self._source(member)
-            source = await asyncio.to_thread(self._read_source, checkpoint)
+
+        def reload() -> MemberInfo:
+            old, source = self._source(member), self._read_source(checkpoint)
+            remedy = "unload the member and load this one, or give it another name"
             if source.spec != old.spec:
                 problem = f"{checkpoint} has another spec than member {member!r}, which is loaded from {old.path}"
-                raise ConfigError("reload", problem, "unload the member and load this one, or give it another name")
+                raise ConfigError("reload", problem, remedy)
             if source.tokenizer.digest != old.tokenizer.digest:
-                problem = f"{checkpoint} has another tokenizer than member {member!r}"
-                raise ConfigError("reload", problem, "unload the member and load this one, or give it another name")
-            await self._install(member, source)
+                raise ConfigError("reload", f"{checkpoint} has another tokenizer than member {member!r}", remedy)
+            self._install(member, source)
             return source.info
 
-    def _change(self) -> asyncio.Lock:
-        if self._changing is None:  # made where a loop runs
-            self._changing = asyncio.Lock()
-        return self._changing
+        return await asyncio.wrap_future(self._change(reload))
 
     def _source(self, member: str) -> Source:
-        if member not in self._sources:
+        source = self._sources.get(member)
+        if source is None:
             raise ModelNotFoundError(f"The engine has no member {member!r}", code="model_not_found")
-        return self._sources[member]
+        return source
 
     @staticmethod
     def _read_source(checkpoint: str) -> Source:
         path = store.resolve(checkpoint, root=runtime.root())
-        spec = store.read_spec(path)
+        spec, tokenizer = store.read_spec(path), store.read_tokenizer(path)
+        if spec.vocab_size != tokenizer.vocab_size:
+            sizes = f"its tokenizer has {tokenizer.vocab_size} tokens, its model {spec.vocab_size}"
+            raise ArtefactError(f"{path}: {sizes}: some could be read or written by one of them only")
         info = MemberInfo(
             str(path),
             read_manifest(path).digest,
@@ -217,65 +248,94 @@ class LocalEngine:
             spec.vocab_size,
             num_parameters(on_meta(spec)),
         )
-        return Source(path, spec, store.read_tokenizer(path), info)
+        return Source(path, spec, tokenizer, info)
 
-    async def _install(self, member: str, source: Source) -> None:
-        """Weights into a slot, and the member's name onto it; what else has to go, goes first."""
-        tensors = await asyncio.to_thread(store.read_weights, source.path)
+    def _install(self, member: str, source: Source, beside: Collection[str] = ()) -> None:
+        """Weights into a slot, and the member's name onto it. What else has to go, goes first; `beside` stays."""
+        tensors = store.read_weights(source.path)
+        _check_weights(source, tensors)
         dtype = self._dtype(tensors)
         num_bytes = source.info.num_parameters * dtype.itemsize
-        await self._call(lambda: self._make_room(member, num_bytes))
-        runner, slot = await asyncio.to_thread(self._find_slot, source.spec, dtype)
-        await asyncio.to_thread(runner.put, slot, tensors)
+        self._do(lambda: self._make_room(member, num_bytes, beside))
+        runner, slot = self._find_slot(source.spec, dtype)
+        try:
+            runner.put(slot, tensors)
+        except Exception:
+            self._do(lambda: runner.used_slots.discard(slot))
+            self._do(self._drop_empty)
+            raise
 
         def install() -> None:
             number = next(self._numbers)
             loaded = Loaded(
                 member, source.path, source.spec, source.tokenizer, runner, slot, number, num_bytes, source.info
             )
-            if (old := self._loaded.get(member)) is not None:
-                old.retire()
+            self._put_away(member)
             self._loaded[member], self._sources[member] = loaded, source
             self._drop_empty()
 
-        await self._call(install)
+        self._do(install)
+
+    def _put_away(self, member: str) -> None:
+        """No new answers for a member; its weights go with its last answer."""
+        if (loaded := self._loaded.pop(member, None)) is not None:
+            loaded.retire()
+            if loaded.num_users:
+                self._leaving.append(loaded)
 
     def _dtype(self, tensors: dict[str, Tensor]) -> torch.dtype:
         if self.config.dtype != "auto":
             return cast(torch.dtype, getattr(torch, self.config.dtype))
         return torch.bfloat16 if any(t.dtype == torch.bfloat16 for t in tensors.values()) else torch.float32
 
-    def _make_room(self, member: str, num_bytes: int) -> None:
-        """Put members away, those used longest ago first, until another fits; UnsupportedError where it cannot."""
+    def _make_room(self, member: str, num_bytes: int, beside: Collection[str]) -> None:
+        """Put members away, those used longest ago first, until another fits; nobody's where it cannot.
+
+        UnsupportedError where it never could, alone or with those that it is wanted with; else OverloadedError.
+        """
         limit = self.config.max_weight_bytes
         if limit is None:
             return
-        idle = sorted((m for m in self._loaded.values() if not m.num_users and m.id != member), key=lambda m: m.used_s)
-        held = sum(m.num_bytes for m in self._loaded.values())
-        if num_bytes > limit:
-            raise UnsupportedError(f"member {member!r}: {num_bytes:,} bytes of weights; max_weight_bytes is {limit:,}")
-        while held + num_bytes > limit:
-            if not idle:
-                problem = f"{num_bytes:,} bytes of weights do not fit beside the {held:,} bytes of members at work"
-                remedy = f"ask again later, or allow more than max_weight_bytes = {limit:,}"
-                raise OverloadedError(f"member {member!r}: {problem}: {remedy}", code="overloaded")
-            away = idle.pop(0)
-            self._loaded.pop(away.id).retire()
-            self._num_evictions += 1
+        kept = [m for m in beside if m in self._loaded and m != member]
+        wanted = num_bytes + sum(self._loaded[m].num_bytes for m in kept)
+        if wanted > limit:
+            together = f" together with {', '.join(map(repr, kept))}" if kept else ""
+            problem = f"member {member!r}{together}: {wanted:,} bytes of weights; max_weight_bytes is {limit:,}"
+            raise UnsupportedError(problem)
+        held = sum(m.num_bytes for m in [*self._loaded.values(), *self._leaving])
+        idle = [m for m in self._loaded.values() if not m.num_users and m.id not in kept]
+        at_work = held - sum(m.num_bytes for m in idle)
+        if at_work + num_bytes > limit:
+            problem = f"{num_bytes:,} bytes of weights do not fit beside the {at_work:,} bytes of members at work"
+            remedy = f"ask again later, or allow more than max_weight_bytes = {limit:,}"
+            raise OverloadedError(f"member {member!r}: {problem}: {remedy}", code="overloaded")
+        idle.sort(key=lambda m: (m.id != member, m.used_s))  # what is replaced goes first
+        for away in idle:
+            if held + num_bytes <= limit:
+                break
+            self._put_away(away.id)
+            self._num_evictions += away.id != member
             held -= away.num_bytes
+        self._drop_empty()
 
     def _find_slot(self, spec: ModelSpec, dtype: torch.dtype) -> tuple[Runner, int]:
-        """Where another member of a spec can be put. Only one caller at a time."""
-        runners = self._runners.setdefault((store.spec_digest(spec), dtype), [])
-        for runner in runners:
-            for slot in range(runner.max_slots):
-                if slot not in runner.used_slots:
-                    runner.used_slots.add(slot)
-                    return runner, slot
-        runner = self._new_runner(spec, dtype)
-        runner.used_slots.add(0)
-        runners.append(runner)
-        return runner, 0
+        """Where another member of a spec can be put."""
+        key = store.spec_digest(spec), dtype
+
+        def find() -> tuple[Runner, int] | None:
+            for runner in self._runners.get(key, ()):
+                for slot in range(runner.max_slots):
+                    if slot not in runner.used_slots:
+                        runner.used_slots.add(slot)
+                        return runner, slot
+            return None
+
+        if (found := self._do(find)) is not None:
+            return found
+        made = self._new_runner(spec, dtype)
+        made.used_slots.add(0)
+        self._do(lambda: self._runners.setdefault(key, []).append(made))
+        return made, 0
 
     def _new_runner(self, spec: ModelSpec, dtype: torch.dtype) -> Runner:
         cache_bytes = self.config.kv_cache_bytes
@@ -303,6 +363,7 @@ class LocalEngine:
 
     def _drop_empty(self) -> None:
         """Give back the memory of runners without members."""
+        self._leaving = [loaded for loaded in self._leaving if loaded.num_users]
         for key, runners in list(self._runners.items()):
             self._runners[key] = [runner for runner in runners if runner.used_slots]
             if not self._runners[key]:
@@ -328,33 +389,31 @@ class LocalEngine:
         asked = request.weights
         named = asked.members if isinstance(asked, RouterWeights) else [m for m, w in asked.items() if w > 0]
         for member in named:
-            self._source(member)
+            _check_tokens(request.tokens, self._source(member))
+        router = await self._router(asked) if isinstance(asked, RouterWeights) else None
         mailbox = Mailbox(asyncio.get_running_loop())
-        while True:
+
+        def begin() -> Answer | None:
+            if not all(member in self._loaded for member in named):
+                return None
+            members = {member: self._loaded[member] for member in named}
+            if len({m.tokenizer.digest for m in members.values()}) > 1:
+                raise UnsupportedError("members of one mixture must share a tokenizer")
+            for loaded in members.values():
+                request.sampling.check(loaded.spec.vocab_size)
+            answer = Answer(request, members, router, want, mailbox)
+            self._scheduler.add(answer)
+            return answer
+
+        def bring_back() -> Answer | None:
             for member in named:
                 if member not in self._loaded:
-                    await self._bring_back(member)
+                    self._install(member, self._source(member), beside=named)
+            return self._do(begin)  # in the thread that changes members: nobody can be put away in between
 
-            def begin() -> Answer | None:
-                if not all(member in self._loaded for member in named):
-                    return None  # one was put away in the meantime
-                members = {member: self._loaded[member] for member in named}
-                if len({m.tokenizer.digest for m in members.values()}) > 1:
-                    raise UnsupportedError("members of one mixture must share a tokenizer")
-                for loaded in members.values():
-                    request.sampling.check(loaded.spec.vocab_size)
-                answer = Answer(request, members, self._router(request.weights), want, mailbox)
-                self._scheduler.add(answer)
-                return answer
-
-            answer = await self._call(begin)
-            if answer is not None:
-                return answer
-
-    async def _bring_back(self, member: str) -> None:
-        async with self._change():
-            if member not in self._loaded:
-                await self._install(member, self._source(member))
+        answer = await _begun(self._submit(begin)) or await _begun(self._change(bring_back))
+        assert answer is not None
+        return answer
 
     @staticmethod
     async def _next(answer: Answer) -> Any:
@@ -363,12 +422,15 @@ class LocalEngine:
             raise found
         return found
 
-    def _router(self, weights: object) -> Router | None:
-        if not isinstance(weights, RouterWeights):
-            return None
-        if weights.path not in self._routers:
-            self._routers[weights.path] = Router.load(Path(weights.path))
-        return self._routers[weights.path]
+    async def _router(self, asked: RouterWeights) -> Router:
+        """A clustering's router, read once; RequestError where it weighs others than were named."""
+        if asked.path not in self._routers:
+            self._routers[asked.path] = await asyncio.to_thread(Router.load, Path(asked.path))
+        router = self._routers[asked.path]
+        if len(router.ids) != len(asked.members):
+            problem = f"the router in {asked.path} weighs {len(router.ids)} members, and {len(asked.members)} are named"
+            raise RequestError(f"weights: {problem}", param="weights")
+        return router
 
     async def score(self, member: str, tokens: Sequence[int]) -> list[float]:
         """log p(tokens[i] | tokens[:i]) for i >= 1, in nats."""
@@ -414,13 +476,61 @@ class LocalEngine:
         }
 
     async def close(self) -> None:
-        """End the thread; answers under way fail."""
+        """End the threads; answers under way fail, and so does what is asked later."""
         self._commands.put(None)
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._end)
+
+    def _end(self) -> None:
+        self._thread.join()
+        self._changes.shutdown()  # what is under way there finds the engine closed
         for runner in [runner for runners in self._runners.values() for runner in runners]:
-            await asyncio.to_thread(runner.end)
+            runner.end()
 
 
-def _put_all(items: Sequence[tuple[asyncio.Queue[Any], Any]]) -> None:
-    for mailbox, item in items:
-        mailbox.put_nowait(item)
+def _settle(function: Callable[[], Any], future: Future[Any]) -> None:
+    """Run a function, unless who asked for it has left."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(function())
+    except Exception as error:  # noqa: BLE001  handed to the caller, who waits for it
+        future.set_exception(error)
+
+
+async def _begun(future: Future[Answer | None]) -> Answer | None:
+    """The answer that a future brings; one that nobody waits for any more ends at once."""
+    try:
+        return await asyncio.wrap_future(future)
+    except asyncio.CancelledError:
+        future.add_done_callback(_abandon)
+        raise
+
+
+def _abandon(future: Future[Answer | None]) -> None:
+    if not future.cancelled() and future.exception() is None and (answer := future.result()) is not None:
+        answer.cancelled = True
+
+
+def _put_all(items: Sequence[tuple[Answer, Any]]) -> None:
+    for answer, item in items:
+        answer.mailbox.queue.put_nowait(item)
+
+
+def _check_tokens(tokens: Sequence[int], source: Source) -> None:
+    """RequestError for what is no token of a member's: it must never reach a table's rows."""
+    ids = np.asarray(tokens)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise RequestError("prompt: token ids are whole numbers", param="prompt")
+    wrong = ids[(ids < 0) | (ids >= source.spec.vocab_size)]
+    if len(wrong):
+        sizes = f"the vocabulary has {source.spec.vocab_size}, from 0 on"
+        raise RequestError(f"prompt: there is no token {wrong[0]}: {sizes}", param="prompt")
+
+
+def _check_weights(source: Source, tensors: dict[str, Tensor]) -> None:
+    """ArtefactError where the names or shapes of a checkpoint's weights are not its spec's."""
+    own = store.tensors(on_meta(source.spec))
+    for name in sorted(own.keys() | tensors.keys()):
+        stored, needed = (tuple(of[name].shape) if name in of else None for of in (tensors, own))
+        if stored != needed:
+            raise ArtefactError(f"{source.path}: {name} is {stored}, the spec's model has {needed}")

@@ -13,10 +13,12 @@ from serve.engines.local import kernels
 from serve.engines.local.flat import MAX_SLOTS, Flat
 from serve.engines.local.matrix import Matrix
 from ulm.components.attention._projected import HeadNorm, Projected
+from ulm.components.embedding.value import ValueEmbedding
 from ulm.components.feedforward.swiglu import SwiGLU
 from ulm.components.norm.layernorm import LayerNorm
 from ulm.components.norm.rmsnorm import RMSNorm
 from ulm.components.position._rotary import Rotary
+from ulm.components.position.learned import LearnedPosition
 
 
 class Current:
@@ -36,6 +38,7 @@ class StackedLinear(nn.Module):
         self.sizes = [layer.out_features for layer in layers]
         self.has_bias = layers[0].bias is not None
         self.matrix = Matrix(sum(self.sizes), layers[0].in_features, dtype=dtype, device=device)
+        self.matrices = [self.matrix]
 
     def put(self, slot: int, tensors: dict[str, Tensor]) -> None:
         """A member's weights, by their names in a checkpoint."""
@@ -58,7 +61,7 @@ class StackedLinear(nn.Module):
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """The same, each layer's outputs for themselves."""
-        return self(x).split_with_sizes(self.sizes, dim=-1)  # type: ignore[no-any-return]
+        return self.forward(x).split_with_sizes(self.sizes, dim=-1)
 
     def gated(self, x: Tensor) -> Tensor:
         """silu of the first layer's outputs times the second's."""
@@ -67,7 +70,7 @@ class StackedLinear(nn.Module):
 
     def gated_natively(self, x_BTD: Tensor) -> Tensor:
         """The same by the kernel, T = 1."""
-        hidden_BF: Tensor = torch.ops.ulm_engine.gate(self(x_BTD)[:, 0])
+        hidden_BF: Tensor = torch.ops.ulm_engine.gate(self.forward(x_BTD)[:, 0])
         return hidden_BF[:, None]
 
 
@@ -79,6 +82,7 @@ class StackedTable:
     ) -> None:
         self.name, self.current = name, current
         self.matrix = Matrix(*shape, dtype=dtype, device=device)
+        self.matrices = [self.matrix]
 
     def put(self, slot: int, tensors: dict[str, Tensor]) -> None:
         """A member's table; rows beyond the vocabulary are left out."""
@@ -100,6 +104,55 @@ class StackedTable:
     def project(self, x: Tensor) -> Tensor:
         """The product with the table."""
         return self.matrix.linear(x, self.current.flat)
+
+
+class StackedPositions(StackedTable):
+    """A learned vector for each position, for each slot."""
+
+    def add(self, x_BTD: Tensor, positions_BT: Tensor) -> Tensor:
+        """x with the vectors of its positions added; those beyond the table take the last. T = 1."""
+        positions_B = positions_BT[:, 0].clamp_max(self.matrix.num_out - 1)
+        return x_BTD + self.matrix.embed(positions_B, self.current.flat)[:, None]
+
+
+class StackedValues(nn.Module):
+    """Tables of values by token with a scale for each layer that uses one, for each slot."""
+
+    scales_NL: Tensor
+
+    def __init__(self, like: ValueEmbedding, current: Current, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        num_rows, width = like.tables[0].shape
+        self.current, self.table_of, self.places = current, like.table_of, like.places
+        self.matrices = [Matrix(num_rows, width, dtype=dtype, device=device) for _ in like.tables]
+        active_dtype = torch.float32 if device.type == "cpu" else dtype
+        scales_NL = torch.zeros(MAX_SLOTS, len(like.places), dtype=active_dtype, device=device)
+        self.register_buffer("scales_NL", scales_NL)
+
+    def put(self, slot: int, tensors: dict[str, Tensor]) -> None:
+        """A member's tables and scales."""
+        for number, matrix in enumerate(self.matrices):
+            matrix.put(slot, tensors[f"embedding.tables.{number}"])
+        self.scales_NL[slot] = tensors["embedding.scales"]
+
+    def drop(self, slot: int) -> None:
+        """Forget a member's."""
+        for matrix in self.matrices:
+            matrix.drop(slot)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all slots' tables."""
+        return sum(matrix.nbytes for matrix in self.matrices)
+
+    def values(self, tokens_BT: Tensor, layer: int) -> Tensor | None:
+        """What is added to a layer's values, T = 1, as x_BTJ; None for the layers between."""
+        table = self.table_of(layer)
+        if table is None:
+            return None
+        flat = self.current.flat
+        scale_B = self.scales_NL[flat.slots_B, self.places[layer]]
+        return (self.matrices[table].embed(tokens_BT[:, 0], flat) * scale_B[:, None])[:, None]
 
 
 class StackedNorm(nn.Module):
@@ -174,6 +227,16 @@ def exchange(model: Any, current: Current, dtype: torch.dtype, active_dtype: tor
         elif isinstance(module, NORMS):
             leaves.append(StackedNorm(name, module, current, active_dtype, device))
             setattr(model.get_submodule(owner), attribute, leaves[-1])
+    if type(model.embedding) is ValueEmbedding:
+        model.embedding.stacked_values = StackedValues(model.embedding, current, dtype, device)
+        leaves.append(model.embedding.stacked_values)
+        model.embedding.values = leaves[-1].values  # type: ignore[method-assign]
+        del model.embedding.tables, model.embedding.scales
+    if type(model.position) is LearnedPosition:
+        num_positions, width = model.position.weight.shape
+        leaves.append(StackedPositions("position", (num_positions, width), current, dtype, device))
+        model.position.embed = leaves[-1].add  # type: ignore[method-assign]
+        del model.position.weight
     shape = (model.vocab_size, model.dims.d_model)
     table = StackedTable("embedding", shape, current, dtype, device)
     head = table
@@ -196,6 +259,20 @@ def turn_natively(position: Any) -> None:
         return turned[:, None]
 
     position.rotate = rotate  # type: ignore[method-assign]
+
+
+def call_directly(model: nn.Module) -> None:
+    """Let each module's call be its forward, without nn.Module.__call__ and the hooks that nobody here has.
+
+    While another thread compiles, torch.fx has that method exchanged for all threads, and fails at modules that it does
+    not know (torch 2.13, torch/fx/_symbolic_trace.py).
+    """
+    kinds: dict[type, type] = {}
+    for module in model.modules():
+        kind = type(module)
+        if kind not in kinds:
+            kinds[kind] = type(kind.__name__, (kind,), {"__call__": kind.forward})
+        module.__class__ = kinds[kind]
 
 
 def has_kernels(device: torch.device) -> bool:

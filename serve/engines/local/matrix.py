@@ -35,7 +35,8 @@ class Matrix:
     @property
     def nbytes(self) -> int:
         """Memory of all matrices held."""
-        return sum(x.nbytes for held in (self._weights, self._biases) for x in held.values())
+        # A list, for another thread may put a member's while this one counts.
+        return sum(x.nbytes for held in (self._weights, self._biases) for x in list(held.values()))
 
     def put(self, slot: int, weight_FD: Tensor, bias_F: Tensor | None = None) -> None:
         """Hold a copy of a matrix in a slot, in place of what was there."""

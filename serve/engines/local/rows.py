@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from serve.engines.local.leaves import call_directly
 from serve.engines.local.runner import Work
 from ulm import registry
 from ulm.checkpoints import store
@@ -48,6 +49,7 @@ class Rows:
         # A CPU computes in float32; weights that were asked for in less are rounded, or answers would differ by device.
         self._rounded, self._dtype = dtype, torch.float32 if device.type == "cpu" else dtype
         self.model = registry.find("model", spec.model)(spec).to(device, self._dtype).eval().requires_grad_(False)
+        call_directly(self.model)
         size = cache_bytes(spec, self._dtype)
         self._row_bytes = size.fixed + size.per_token * spec.context_tokens
         self.max_rows = max(1, min(max_rows, kv_cache_bytes // self._row_bytes))

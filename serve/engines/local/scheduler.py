@@ -8,6 +8,7 @@ could not be held by an empty cache is refused at once, and the first in line al
 
 from __future__ import annotations
 
+import logging
 import time
 from bisect import insort
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from serve.engines.local.runner import Runner, Work
 from serve.engines.local.sampler import choose_all, logprobs_of
 from ulm.errors import ContextLengthError, OverloadedError
 from ulm.swarm.mixture import mix_logprobs
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -99,8 +102,7 @@ class Scheduler:
         """One step for everybody; False when there is nothing to do."""
         self._drop_ended()
         self._admit()
-        pieces = self._plan()
-        self._run(pieces)
+        pieces = self._run(self._plan())
         self._choose([piece for piece in pieces if self._take_in(piece)])
         self.num_steps += 1
         return bool(self.running or self.waiting)
@@ -274,20 +276,33 @@ class Scheduler:
             answer.prompt_logprobs = []
         answer.hidden_sum = None
 
-    def _run(self, pieces: Sequence[Piece]) -> None:
-        """One pass of every runner that has work; hidden states are passes of their own."""
+    def _run(self, pieces: Sequence[Piece]) -> list[Piece]:
+        """One pass of every runner that has work; hidden states are passes of their own. Returns what was run.
+
+        A pass that fails ends the answers that are in it, and no others.
+        """
         batches: dict[tuple[Runner, bool], list[tuple[int, int]]] = {}
         for number, piece in enumerate(pieces):
             for place, member in enumerate(piece.members):
                 runner = piece.choice.answer.members[member].runner
                 batches.setdefault((runner, piece.work[place].want == "hidden"), []).append((number, place))
         found: dict[tuple[int, int], tuple[Tensor, int, int]] = {}
+        failed: set[Answer] = set()
         for (runner, _), places in batches.items():
-            rows, bounds = runner.run([pieces[number].work[place] for number, place in places])
+            try:
+                rows, bounds = runner.run([pieces[number].work[place] for number, place in places])
+            except Exception as error:
+                log.exception("a pass failed; the answers in it end with this error")
+                for answer in {pieces[number].choice.answer for number, _ in places} - failed:
+                    self._fail(answer, error)
+                    failed.add(answer)
+                continue
             for where, (begin, end) in zip(places, bounds, strict=True):
                 found[where] = rows, begin, end
         for number, piece in enumerate(pieces):
-            piece.rows = tuple(found[number, place] for place in range(len(piece.members)))
+            if piece.choice.answer not in failed:
+                piece.rows = tuple(found[number, place] for place in range(len(piece.members)))
+        return [piece for piece in pieces if piece.choice.answer not in failed]
 
     # ---- what comes of it
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from serve.engines.local.compiled import Shapes
 from serve.engines.local.flat import MAX_SLOTS, Flat, Span
-from serve.engines.local.leaves import Current, exchange, has_kernels, turn_natively
+from serve.engines.local.leaves import Current, call_directly, exchange, has_kernels, turn_natively
 from serve.engines.local.matrix import settle
 from serve.engines.local.paged import PAGE_TOKENS, PagedKeyValues
 from serve.engines.local.pages import LayerGroup, Pages, Seat
@@ -75,8 +75,9 @@ class Stack:
         # Activations: float32 on a CPU, whatever the weights are stored as.
         self.active_dtype = torch.float32 if device.type == "cpu" else dtype
         self._leaves = exchange(self.model, self.current, dtype, self.active_dtype, device)
-        self.matrices = [leaf.matrix for leaf in self._leaves if hasattr(leaf, "matrix")]
+        self.matrices = [matrix for leaf in self._leaves for matrix in getattr(leaf, "matrices", ())]
         self._own = self._materialise()
+        call_directly(self.model)
         self.max_slots = 1 if self._own else MAX_SLOTS
         self.used_slots: set[int] = set()
         self.num_asked_tokens = self.num_shared_tokens = self.num_seats = 0
@@ -87,13 +88,12 @@ class Stack:
 
     def _materialise(self) -> dict[str, nn.Parameter]:
         """Real tensors for what is left: constants, and parameters without a stacked form, of one member only."""
-        position = registry.find("position", self.spec.position.kind)(self.spec.position, self.model.dims)
-        position = position.to(self.device).requires_grad_(False)
+        real = registry.find("position", self.spec.position.kind)(self.spec.position, self.model.dims).to(self.device)
+        position = self.model.position
+        for name, table in real.named_buffers(recurse=False):
+            setattr(position, name, table)
         if has_kernels(self.device):
             turn_natively(position)
-        self.model.position = position
-        for block in self.model.blocks:
-            block.attention.position = position
         own: dict[str, nn.Parameter] = {}
         for module_name, module in self.model.named_modules():
             for name, parameter in list(module.named_parameters(recurse=False)):

@@ -47,17 +47,18 @@ class ValueEmbedding(TokenEmbedding):
         self.num_tables, self.num_layers = config.num_tables, dims.num_layers
         num_rows, width = self.weight.shape[0], dims.num_kv_heads * dims.head_dim
         self.tables = nn.ParameterList([torch.empty(num_rows, width) for _ in range(config.num_tables)])
-        used = [layer for layer in range(dims.num_layers) if self._table_of(layer) is not None]
+        used = [layer for layer in range(dims.num_layers) if self.table_of(layer) is not None]
         self.places = {layer: place for place, layer in enumerate(used)}
         self.scales = nn.Parameter(torch.full((len(used),), 0.5))
 
-    def _table_of(self, layer: int) -> int | None:
+    def table_of(self, layer: int) -> int | None:
+        """The number of the table that a layer uses, if it uses one."""
         near = min(layer, self.num_layers - 1 - layer)
         return near if near < self.num_tables else None
 
     def values(self, tokens_BT: Tensor, layer: int) -> Tensor | None:
         """What is added to a layer's values, as x_BTJ with J = K E; None for the layers between."""
-        table = self._table_of(layer)
+        table = self.table_of(layer)
         if table is None:
             return None
         return nn.functional.embedding(tokens_BT, self.tables[table]) * self.scales[self.places[layer]]
