@@ -34,6 +34,7 @@ CONFIG = {
     "kv_cache_bytes": 1 << 29,  # 256 answers of mini need 0.3 GB
     "max_answers": 256,
     "max_batch_tokens": 2_048,
+    "compile_after_steps": 10,  # in the round that does not count
 }
 
 Values = dict[str, Any]

@@ -43,6 +43,7 @@ def main() -> None:
             asked = prompts(batch, prompt, vocab_size, seed)
             by = [weights[number * len(weights) // batch] for number in range(batch)]
             size = batch // groups
+            runner.run(_compiled(engine))
             started_s = time.perf_counter()
             for start in range(0, batch, size):
                 runner.run(_all_answers(engine, asked[start : start + size], by[start : start + size], new))
@@ -66,6 +67,12 @@ async def _loaded(members: Mapping[str, str], config: Mapping[str, Any]) -> tupl
 
     engine = LocalEngine(Config(kind="local", **config))
     return engine, [await engine.load(member, checkpoint) for member, checkpoint in members.items()]
+
+
+async def _compiled(engine: Any) -> None:
+    """Wait for what is compiled in the background since an earlier, uncounted round used its batch size."""
+    while (await engine.stats()).get("compiling"):
+        await asyncio.sleep(0.1)
 
 
 async def _all_answers(

@@ -220,7 +220,7 @@ def test_who_leaves_before_or_after_the_first_chunk_holds_nothing(checkpoints: d
             assert await is_idle(engine)
             made = (await engine.stats())["generated_tokens"] - before
             assert made < 8 * 20, f"{made} tokens were made for nobody"
-        assert all(m.num_users == 0 for m in engine._loaded.values())
+        assert all(m.num_users == 0 for m in engine._members.loaded.values())
 
     with_engine({"a": checkpoints["a"]}, body)
 

@@ -12,8 +12,10 @@ import torch
 
 import ulm
 from serve.contracts import GenerateRequest
+from serve.engines.local.rows import Rows
 from tests.engine import answer, equal_up_to_ties, with_engine
 from tests.variants import every_variant, model_of
+from ulm.checkpoints import store
 from ulm.tokenizers.byte import byte_tokenizer
 
 LOGPROBS = 2e-4  # float32 in another order, through weights that are large on purpose (tests/variants.py)
@@ -54,3 +56,22 @@ def test_answers_at_once_in_small_steps_equal_the_plain_generator(overrides: dic
         logprobs_TV = model(torch.tensor([prompts[2]]))[0].log_softmax(-1)
     expected = [float(logprobs_TV[i, t]) for i, t in enumerate(prompts[2][1:])]
     assert scored == pytest.approx(expected, abs=LOGPROBS)
+
+
+def test_a_text_that_grows_is_not_read_again_by_layers_that_keep_sums(monkeypatch: Any) -> None:
+    model = model_of({"attention": "linear"}).eval()
+    how = {"dtype": torch.float32, "device": torch.device("cpu"), "kv_cache_bytes": 1 << 20}
+    rows = Rows(model.spec, **how, max_rows=2, num_prefixes=2)
+    rows.put(0, store.tensors(model))
+    run: list[int] = []
+    step = rows.model.step
+    monkeypatch.setattr(
+        rows.model, "step", lambda tokens_BT, cache: run.append(tokens_BT.shape[1]) or step(tokens_BT, cache)
+    )
+    text = tuple(7 * n % 97 for n in range(14))
+    texts = [text[:10], text[:11], (5, 6, 7), text[:14], (8, 9), text]
+    for each in texts:
+        with torch.no_grad():
+            expected = model(torch.tensor([each]))[0, -1].log_softmax(-1)
+        assert torch.allclose(rows.next_logits(each).log_softmax(-1), expected, atol=LOGPROBS)
+    assert run == [10, 1, 3, 3, 2, 14], "sums cannot go back by a token, so the same text once more is run anew"

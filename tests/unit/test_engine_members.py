@@ -172,9 +172,9 @@ def test_under_a_memory_limit_the_member_used_longest_ago_is_put_away_and_comes_
             stats = await engine.stats()
             assert stats["members"] == 2 and stats["weight_bytes"] < 1.5 * limit
         await answer(engine, ask("a"))
-        assert sorted(engine._loaded) == ["a", "b"]
+        assert sorted(engine._members.loaded) == ["a", "b"]
         await answer(engine, ask("c"))  # b was used longer ago than a
-        assert sorted(engine._loaded) == ["a", "c"]
+        assert sorted(engine._members.loaded) == ["a", "c"]
         assert sorted(await engine.members()) == ["a", "b", "c"], "put away is not forgotten"
         return found, stats
 
@@ -215,7 +215,7 @@ def test_a_mixture_that_could_never_be_held_is_refused_and_one_that_could_is_bro
             await asyncio.wait_for(answer(engine, GenerateRequest((1, 2, 3), three, 4)), 30)
         for weights in (two, {"a": 0.5, "b": 0.5}, two):
             found = await asyncio.wait_for(answer(engine, GenerateRequest((1, 2, 3), weights, 4)), 30)
-        assert sorted(engine._loaded) == ["c", "d"]
+        assert sorted(engine._members.loaded) == ["c", "d"]
         return found
 
     found = with_engine(checkpoints, body, max_weight_bytes=weight_bytes(checkpoints["a"], 2))

@@ -124,7 +124,7 @@ def test_memory_returns_to_its_start_after_ten_thousand_requests(checkpoints: di
         assert stats["kv_cache_bytes"] == start["kv_cache_bytes"]
         assert stats["weight_bytes"] == start["weight_bytes"]
     assert end["resident_bytes"] - warm["resident_bytes"] < RESIDENT_MARGIN_BYTES
-    assert all(loaded.num_users == 0 for loaded in engine._loaded.values())
+    assert all(loaded.num_users == 0 for loaded in engine._members.loaded.values())
 
 
 def test_under_overload_everybody_is_answered_or_refused_and_nobody_waits_for_ever(

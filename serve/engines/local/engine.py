@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,34 +19,16 @@ from torch import Tensor
 
 from serve.contracts import GenerateRequest, MemberInfo, RouterWeights, TokenChunk
 from serve.engines.local.answer import Answer, Want
-from serve.engines.local.members import Loaded
-from serve.engines.local.rows import Rows
-from serve.engines.local.runner import Runner
+from serve.engines.local.members import Members, Source
 from serve.engines.local.scheduler import Scheduler
-from serve.engines.local.stack import Stack, can_stack
 from ulm import runtime
-from ulm.checkpoints import store
-from ulm.checkpoints.manifest import read_manifest
-from ulm.errors import (
-    ArtefactError,
-    ConfigError,
-    ModelNotFoundError,
-    OverloadedError,
-    RequestError,
-    UlmError,
-    UnsupportedError,
-)
-from ulm.models.account import num_parameters, on_meta
+from ulm.errors import RequestError, UlmError, UnsupportedError
 from ulm.registry import KindConfig, register
-from ulm.spec import ModelSpec
 from ulm.swarm.router import Router
-from ulm.tokenizers.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 CLOSED = "the engine was closed"
-MAX_CACHE_BYTES = 1 << 30  # on a CPU, unless the recipe says more
-CACHE_SHARE = {"cpu": 0.25, "cuda": 0.8}  # of the memory that is free when the first member of a spec is loaded
 
 
 class Config(KindConfig):
@@ -74,16 +55,6 @@ class Mailbox:
     queue: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a member comes from, loaded or put away."""
-
-    path: Path
-    spec: ModelSpec
-    tokenizer: Tokenizer
-    info: MemberInfo
-
-
 @register("engine", Config)
 class LocalEngine:
     """Holds members in one process; see scheduler.py for how answers share a step."""
@@ -94,13 +65,8 @@ class LocalEngine:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self._scheduler = Scheduler(config.max_answers, config.max_batch_tokens, config.max_waiting)
-        self._sources: dict[str, Source] = {}
-        self._loaded: dict[str, Loaded] = {}
-        self._runners: dict[tuple[str, torch.dtype], list[Runner]] = {}
+        self._members = Members(config, self._device, self._do)
         self._routers: dict[str, Router] = {}
-        self._numbers = itertools.count()
-        self._num_evictions = 0
-        self._leaving: list[Loaded] = []  # retired, with answers under way
         self._is_closed = False
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="local-engine", daemon=True)
@@ -140,8 +106,7 @@ class LocalEngine:
             self._scheduler.fail_all(error)
             busy = False
         self._deliver()
-        if any(not loaded.num_users for loaded in self._leaving):
-            self._drop_empty()
+        self._members.let_go()
         return busy
 
     def _deliver(self) -> None:
@@ -189,185 +154,19 @@ class LocalEngine:
 
     async def members(self) -> dict[str, MemberInfo]:
         """What can be asked: loaded, or put away and loaded again when it is asked."""
-        return {member: source.info for member, source in list(self._sources.items())}
+        return {member: source.info for member, source in list(self._members.sources.items())}
 
     async def load(self, member: str, checkpoint: str) -> MemberInfo:
         """Make a member from a checkpoint folder. One of that name is replaced, whatever it was."""
-
-        def load() -> MemberInfo:
-            source = self._read_source(checkpoint)
-            self._install(member, source)
-            return source.info
-
-        return await asyncio.wrap_future(self._change(load))
+        return await asyncio.wrap_future(self._change(lambda: self._members.load(member, checkpoint)))
 
     async def unload(self, member: str) -> None:
         """Forget a member; answers under way are finished."""
-
-        def remove() -> None:
-            self._source(member)
-            self._sources.pop(member)
-            self._put_away(member)
-            self._drop_empty()
-
-        await asyncio.wrap_future(self._change(lambda: self._do(remove)))
+        await asyncio.wrap_future(self._change(lambda: self._members.unload(member)))
 
     async def reload(self, member: str, checkpoint: str) -> MemberInfo:
         """New weights for a member; answers under way go on with the old ones. ConfigError for another shape."""
-
-        def reload() -> MemberInfo:
-            old, source = self._source(member), self._read_source(checkpoint)
-            remedy = "unload the member and load this one, or give it another name"
-            if source.spec != old.spec:
-                problem = f"{checkpoint} has another spec than member {member!r}, which is loaded from {old.path}"
-                raise ConfigError("reload", problem, remedy)
-            if source.tokenizer.digest != old.tokenizer.digest:
-                raise ConfigError("reload", f"{checkpoint} has another tokenizer than member {member!r}", remedy)
-            self._install(member, source)
-            return source.info
-
-        return await asyncio.wrap_future(self._change(reload))
-
-    def _source(self, member: str) -> Source:
-        source = self._sources.get(member)
-        if source is None:
-            raise ModelNotFoundError(f"The engine has no member {member!r}", code="model_not_found")
-        return source
-
-    @staticmethod
-    def _read_source(checkpoint: str) -> Source:
-        path = store.resolve(checkpoint, root=runtime.root())
-        spec, tokenizer = store.read_spec(path), store.read_tokenizer(path)
-        if spec.vocab_size != tokenizer.vocab_size:
-            sizes = f"its tokenizer has {tokenizer.vocab_size} tokens, its model {spec.vocab_size}"
-            raise ArtefactError(f"{path}: {sizes}: some could be read or written by one of them only")
-        info = MemberInfo(
-            str(path),
-            read_manifest(path).digest,
-            spec.context_tokens,
-            spec.vocab_size,
-            num_parameters(on_meta(spec)),
-        )
-        return Source(path, spec, tokenizer, info)
-
-    def _install(self, member: str, source: Source, beside: Collection[str] = ()) -> None:
-        """Weights into a slot, and the member's name onto it. What else has to go, goes first; `beside` stays."""
-        tensors = store.read_weights(source.path)
-        _check_weights(source, tensors)
-        dtype = self._dtype(tensors)
-        num_bytes = source.info.num_parameters * dtype.itemsize
-        self._do(lambda: self._make_room(member, num_bytes, beside))
-        runner, slot = self._find_slot(source.spec, dtype)
-        try:
-            runner.put(slot, tensors)
-        except Exception:
-            self._do(lambda: runner.used_slots.discard(slot))
-            self._do(self._drop_empty)
-            raise
-
-        def install() -> None:
-            number = next(self._numbers)
-            loaded = Loaded(
-                member, source.path, source.spec, source.tokenizer, runner, slot, number, num_bytes, source.info
-            )
-            self._put_away(member)
-            self._loaded[member], self._sources[member] = loaded, source
-            self._drop_empty()
-
-        self._do(install)
-
-    def _put_away(self, member: str) -> None:
-        """No new answers for a member; its weights go with its last answer."""
-        if (loaded := self._loaded.pop(member, None)) is not None:
-            loaded.retire()
-            if loaded.num_users:
-                self._leaving.append(loaded)
-
-    def _dtype(self, tensors: dict[str, Tensor]) -> torch.dtype:
-        if self.config.dtype != "auto":
-            return cast(torch.dtype, getattr(torch, self.config.dtype))
-        return torch.bfloat16 if any(t.dtype == torch.bfloat16 for t in tensors.values()) else torch.float32
-
-    def _make_room(self, member: str, num_bytes: int, beside: Collection[str]) -> None:
-        """Put members away, those used longest ago first, until another fits; nobody's where it cannot.
-
-        UnsupportedError where it never could, alone or with those that it is wanted with; else OverloadedError.
-        """
-        limit = self.config.max_weight_bytes
-        if limit is None:
-            return
-        kept = [m for m in beside if m in self._loaded and m != member]
-        wanted = num_bytes + sum(self._loaded[m].num_bytes for m in kept)
-        if wanted > limit:
-            together = f" together with {', '.join(map(repr, kept))}" if kept else ""
-            problem = f"member {member!r}{together}: {wanted:,} bytes of weights; max_weight_bytes is {limit:,}"
-            raise UnsupportedError(problem)
-        held = sum(m.num_bytes for m in [*self._loaded.values(), *self._leaving])
-        idle = [m for m in self._loaded.values() if not m.num_users and m.id not in kept]
-        at_work = held - sum(m.num_bytes for m in idle)
-        if at_work + num_bytes > limit:
-            problem = f"{num_bytes:,} bytes of weights do not fit beside the {at_work:,} bytes of members at work"
-            remedy = f"ask again later, or allow more than max_weight_bytes = {limit:,}"
-            raise OverloadedError(f"member {member!r}: {problem}: {remedy}", code="overloaded")
-        idle.sort(key=lambda m: (m.id != member, m.used_s))  # what is replaced goes first
-        for away in idle:
-            if held + num_bytes <= limit:
-                break
-            self._put_away(away.id)
-            self._num_evictions += away.id != member
-            held -= away.num_bytes
-        self._drop_empty()
-
-    def _find_slot(self, spec: ModelSpec, dtype: torch.dtype) -> tuple[Runner, int]:
-        """Where another member of a spec can be put."""
-        key = store.spec_digest(spec), dtype
-
-        def find() -> tuple[Runner, int] | None:
-            for runner in self._runners.get(key, ()):
-                for slot in range(runner.max_slots):
-                    if slot not in runner.used_slots:
-                        runner.used_slots.add(slot)
-                        return runner, slot
-            return None
-
-        if (found := self._do(find)) is not None:
-            return found
-        made = self._new_runner(spec, dtype)
-        made.used_slots.add(0)
-        self._do(lambda: self._runners.setdefault(key, []).append(made))
-        return made, 0
-
-    def _new_runner(self, spec: ModelSpec, dtype: torch.dtype) -> Runner:
-        cache_bytes = self.config.kv_cache_bytes
-        if cache_bytes is None:
-            cache_bytes = int(CACHE_SHARE[self._device.type] * runtime.free_bytes(self._device))
-            cache_bytes = min(cache_bytes, MAX_CACHE_BYTES) if self._device.type == "cpu" else cache_bytes
-        if can_stack(spec):
-            return Stack(
-                spec,
-                dtype=dtype,
-                device=self._device,
-                kv_cache_bytes=cache_bytes,
-                max_batch_tokens=self.config.max_batch_tokens,
-                compile_after_steps=self.config.compile_after_steps,
-                max_compile_s=self.config.max_compile_s,
-            )
-        return Rows(
-            spec,
-            dtype=dtype,
-            device=self._device,
-            kv_cache_bytes=cache_bytes,
-            max_rows=self.config.max_answers,
-            num_prefixes=self.config.num_prefixes,
-        )
-
-    def _drop_empty(self) -> None:
-        """Give back the memory of runners without members."""
-        self._leaving = [loaded for loaded in self._leaving if loaded.num_users]
-        for key, runners in list(self._runners.items()):
-            self._runners[key] = [runner for runner in runners if runner.used_slots]
-            if not self._runners[key]:
-                del self._runners[key]
+        return await asyncio.wrap_future(self._change(lambda: self._members.reload(member, checkpoint)))
 
     # ---- answers
 
@@ -389,14 +188,14 @@ class LocalEngine:
         asked = request.weights
         named = asked.members if isinstance(asked, RouterWeights) else [m for m, w in asked.items() if w > 0]
         for member in named:
-            _check_tokens(request.tokens, self._source(member))
+            _check_tokens(request.tokens, self._members.source(member))
         router = await self._router(asked) if isinstance(asked, RouterWeights) else None
         mailbox = Mailbox(asyncio.get_running_loop())
 
         def begin() -> Answer | None:
-            if not all(member in self._loaded for member in named):
+            if not all(member in self._members.loaded for member in named):
                 return None
-            members = {member: self._loaded[member] for member in named}
+            members = {member: self._members.loaded[member] for member in named}
             if len({m.tokenizer.digest for m in members.values()}) > 1:
                 raise UnsupportedError("members of one mixture must share a tokenizer")
             for loaded in members.values():
@@ -406,9 +205,7 @@ class LocalEngine:
             return answer
 
         def bring_back() -> Answer | None:
-            for member in named:
-                if member not in self._loaded:
-                    self._install(member, self._source(member), beside=named)
+            self._members.bring_back(named)
             return self._do(begin)  # in the thread that changes members: nobody can be put away in between
 
         answer = await _begun(self._submit(begin)) or await _begun(self._change(bring_back))
@@ -440,16 +237,17 @@ class LocalEngine:
 
     async def next_logprobs(self, member: str, tokens: Sequence[int]) -> np.ndarray:
         """Log-probabilities of the whole vocabulary after `tokens`; prefixes seen lately are not recomputed."""
-        return np.asarray(await self._look(member, tokens, "next"))
+        request = _looked_at(member, tokens)
+        _check_tokens(request.tokens, self._members.source(member))
+        known = await asyncio.wrap_future(self._submit(lambda: self._members.next_logits(member, request.tokens)))
+        return np.asarray(await self._look(request, "next") if known is None else known.log_softmax(-1).cpu())
 
     async def embed(self, member: str, tokens: Sequence[int]) -> np.ndarray:
         """Mean of the last hidden states."""
-        return np.asarray(await self._look(member, tokens, "hidden"))
+        return np.asarray(await self._look(_looked_at(member, tokens), "hidden"))
 
-    async def _look(self, member: str, tokens: Sequence[int], want: Want) -> Tensor:
+    async def _look(self, request: GenerateRequest, want: Want) -> Tensor:
         """What one pass over a text finds."""
-        request = GenerateRequest(tuple(tokens), {member: 1.0}, 1, stream=False)
-        request.check()
         answer = await self._begin(request, want)
         try:
             return cast(Tensor, await self._next(answer))
@@ -459,7 +257,7 @@ class LocalEngine:
     async def stats(self) -> dict[str, float]:
         """Running and waiting answers, generated tokens, memory."""
         scheduler, found = self._scheduler, {"weight_bytes": 0.0, "kv_cache_bytes": 0.0, "kv_cache_used_bytes": 0.0}
-        for runner in [runner for runners in list(self._runners.values()) for runner in runners]:
+        for runner in self._members.runners:
             for name, value in runner.stats().items():
                 found[name] = found.get(name, 0.0) + value
         return {
@@ -468,8 +266,8 @@ class LocalEngine:
             "generated_tokens": float(scheduler.num_generated_tokens),
             "steps": float(scheduler.num_steps),
             "preemptions": float(scheduler.num_preemptions),
-            "evictions": float(self._num_evictions),
-            "members": float(len(self._loaded)),
+            "evictions": float(self._members.num_evictions),
+            "members": float(len(self._members.loaded)),
             "resident_bytes": float(runtime.rss_bytes()),
             "gpu_bytes": float(runtime.gpu_bytes()),
             **found,
@@ -483,7 +281,7 @@ class LocalEngine:
     def _end(self) -> None:
         self._thread.join()
         self._changes.shutdown()  # what is under way there finds the engine closed
-        for runner in [runner for runners in self._runners.values() for runner in runners]:
+        for runner in self._members.runners:
             runner.end()
 
 
@@ -511,6 +309,12 @@ def _abandon(future: Future[Answer | None]) -> None:
         answer.cancelled = True
 
 
+def _looked_at(member: str, tokens: Sequence[int]) -> GenerateRequest:
+    request = GenerateRequest(tuple(tokens), {member: 1.0}, 1, stream=False)
+    request.check()
+    return request
+
+
 def _put_all(items: Sequence[tuple[Answer, Any]]) -> None:
     for answer, item in items:
         answer.mailbox.queue.put_nowait(item)
@@ -525,12 +329,3 @@ def _check_tokens(tokens: Sequence[int], source: Source) -> None:
     if len(wrong):
         sizes = f"the vocabulary has {source.spec.vocab_size}, from 0 on"
         raise RequestError(f"prompt: there is no token {wrong[0]}: {sizes}", param="prompt")
-
-
-def _check_weights(source: Source, tensors: dict[str, Tensor]) -> None:
-    """ArtefactError where the names or shapes of a checkpoint's weights are not its spec's."""
-    own = store.tensors(on_meta(source.spec))
-    for name in sorted(own.keys() | tensors.keys()):
-        stored, needed = (tuple(of[name].shape) if name in of else None for of in (tensors, own))
-        if stored != needed:
-            raise ArtefactError(f"{source.path}: {name} is {stored}, the spec's model has {needed}")
