@@ -131,7 +131,7 @@ def test_flops_of_a_decoded_token_are_those_counted(overrides, num_known):
 def test_attention_is_accounted_for_by_the_pairs_that_its_mask_leaves(overrides):
     attentions = [block.attention for block in on_meta(spec_of(overrides)).layers]
     for attention, num_tokens in product(attentions, (2, 5, 17, T)):
-        window = min(getattr(attention, "window_tokens", num_tokens), num_tokens)
+        window = min(attention.window_tokens or num_tokens, num_tokens)
         num_sinks = getattr(attention, "num_sink_tokens", 0)
         seen = sum(t - s < window or s < num_sinks for t in range(num_tokens) for s in range(t + 1))
         triangles = window, min(num_sinks, num_tokens - window)  # the window's beginning, the sinks' beyond it
