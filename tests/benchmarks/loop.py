@@ -110,7 +110,8 @@ def gateway(home: Path) -> None:
     del model
     recipe = home / "serve.yaml"
     with _free_port() as port:
-        recipe.write_text(f"port: {port}\nmembers: {{m: {{checkpoint: {checkpoint}}}}}\n")
+        engine = "{kind: local, compile_after_steps: null}"  # what HTTP adds is measured, not what compiling takes
+        recipe.write_text(f"port: {port}\nmembers: {{m: {{checkpoint: {checkpoint}}}}}\nengine: {engine}\n")
     environment = {**os.environ, "ULM_HOME": str(home / "serve")}
     started = subprocess.run(
         [*ULM, "serve", "up", str(recipe), "--detach"], env=environment, check=True, capture_output=True
@@ -150,7 +151,7 @@ def _engine(checkpoint: Path):  # type: ignore[no-untyped-def]
     from ulm.models.generate import prompt_tokens
 
     loop = asyncio.new_event_loop()
-    engine = LocalEngine(Config(kind="local", threads=1))
+    engine = LocalEngine(Config(kind="local", threads=1, compile_after_steps=None))
     loop.run_until_complete(engine.load("m", str(checkpoint)))
 
     async def answer(tokenizer: object) -> None:

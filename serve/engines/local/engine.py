@@ -41,7 +41,9 @@ class Config(KindConfig):
     max_batch_tokens: int = Field(512, ge=1)  # of a step, prompts included: a long one does not stall the others
     max_waiting: int = Field(1_024, ge=1)  # requests beyond it are refused
     num_prefixes: int = Field(4, ge=1)  # texts per member that next_logprobs remembers, for kinds without pages
-    compile_after_steps: int | None = Field(500, ge=0)  # a batch size used so often is compiled, meanwhile; None: none
+    compile_after_steps: int | None = Field(
+        2_000, ge=0
+    )  # a batch size used so often is compiled, meanwhile; None: none
     max_compile_s: float = Field(120.0, ge=0)  # for each spec, in the background
     device: str | None = None  # None: CUDA where there is one
     threads: int | None = Field(None, ge=1)  # of torch on CPU; None: as the process has
