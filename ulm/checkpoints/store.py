@@ -192,14 +192,19 @@ def load_weights(model: nn.Module, folder: Path) -> CheckpointManifest:
     manifest = read_manifest(folder)
     verify(folder, manifest, WEIGHTS)
     stored, own = _read_tensors(folder / WEIGHTS), tensors(model)
-    for name in sorted(own.keys() | stored.keys()):
-        shapes = [tuple(t[name].shape) if name in t else None for t in (stored, own)]
-        if shapes[0] != shapes[1]:
-            raise ArtefactError(f"{folder / WEIGHTS}: {name} is {shapes[0]}, the spec's model has {shapes[1]}")
+    check_weights(folder, stored, own)
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(stored[name])
     return manifest
+
+
+def check_weights(folder: Path, stored: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """ArtefactError where the names or shapes of a checkpoint's weights are not those of its spec's model."""
+    for name in sorted(own.keys() | stored.keys()):
+        shapes = [tuple(t[name].shape) if name in t else None for t in (stored, own)]
+        if shapes[0] != shapes[1]:
+            raise ArtefactError(f"{folder / WEIGHTS}: {name} is {shapes[0]}, the spec's model has {shapes[1]}")
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

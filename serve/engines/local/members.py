@@ -177,7 +177,7 @@ class Members:
     def _install(self, member: str, source: Source, beside: Collection[str] = ()) -> None:
         """Weights into a slot, and the member's name onto it. What else has to go, goes first; `beside` stays."""
         tensors = store.read_weights(source.path)
-        _check_weights(source, tensors)
+        store.check_weights(source.path, tensors, store.tensors(on_meta(source.spec)))
         dtype = self._dtype(tensors)
         num_bytes = source.info.num_parameters * dtype.itemsize
         self._do(lambda: self._make_room(member, num_bytes, beside))
@@ -293,12 +293,3 @@ class Members:
             self._runners[key] = [runner for runner in runners if runner.used_slots]
             if not self._runners[key]:
                 del self._runners[key]
-
-
-def _check_weights(source: Source, tensors: dict[str, Tensor]) -> None:
-    """ArtefactError where the names or shapes of a checkpoint's weights are not its spec's."""
-    own = store.tensors(on_meta(source.spec))
-    for name in sorted(own.keys() | tensors.keys()):
-        stored, needed = (tuple(of[name].shape) if name in of else None for of in (tensors, own))
-        if stored != needed:
-            raise ArtefactError(f"{source.path}: {name} is {stored}, the spec's model has {needed}")
