@@ -317,6 +317,22 @@ def test_scores_of_a_known_prompt_are_not_computed_again() -> None:
     assert summary(engine.result(changed)) == alone("full", other)
 
 
+def test_a_step_is_one_pass_for_all_members_of_a_spec_and_all_experts_of_a_mixture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine()
+    passes: list[set[int]] = []
+    run = engine.runners[0].run
+    monkeypatch.setattr(
+        engine.runners[0], "run", lambda work: passes.append({piece.seat.key[0] for piece in work}) or run(work)
+    )
+    for weights in ({"m0": 1.0}, {"m1": 1.0}, {"m0": 0.2, "m1": 0.3, "m2": 0.5}):
+        engine.add(GenerateRequest((1, 2, 3), weights, 5))
+    for num_steps in (1, 2, 3):
+        engine.step()
+        assert passes == [{0, 1, 2}] * num_steps
+
+
 def test_choices_share_the_pages_of_their_prompt() -> None:
     engine = Engine(num_pages=64)
     prompt = tuple(range(1, 65))

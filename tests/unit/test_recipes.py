@@ -9,6 +9,7 @@ import pytest
 from ulm.errors import ConfigError
 from ulm.recipes import CorpusRecipe, load_recipe
 from ulm.recipes.base import resolve_path, validate
+from ulm.recipes.serve import ServeRecipe
 
 TRAIN = "corpus: stories\ntrain: {steps: 30}\n"
 
@@ -163,3 +164,8 @@ def test_a_mistake_in_one_form_of_a_section_is_placed_by_its_keys_alone(section:
     with pytest.raises(ConfigError) as error:
         validate(CorpusRecipe, {"name": "x", "sources": [{"path": "a"}], "tokenizer": section})
     assert str(error.value) == said
+
+
+def test_an_engine_without_a_kind_is_the_local_one() -> None:
+    recipe = ServeRecipe(name="s", members={"m": {"checkpoint": "x"}}, engine={"threads": 1})
+    assert recipe.engine == {"kind": "local", "threads": 1}

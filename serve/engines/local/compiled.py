@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from serve.engines.local.flat import Flat
+from serve.engines.local.leaves import has_kernels
 from ulm import runtime
 from ulm.components.contracts import Mask
 
 log = logging.getLogger(__name__)
 SIZES = (1, 8, 32, 128)  # tokens; larger batches have less of Python in them, and run as they are
 SWITCH_S = 0.0005  # while another thread compiles; by Python's 0.005 each operator of a step may wait so long
-NEVER = -(1 << 60)  # uses of a size that is not tried again
 Pass = Callable[[Flat], Tensor]  # the logits of each token, as logits_BV
 
 
@@ -39,7 +39,8 @@ class Shapes:
         self._ready: dict[tuple[int, int], Pass] = {}  # by size, and on a GPU by the slot that a graph is of
         self._uses: dict[tuple[int, int], int] = {}
         self._thread: threading.Thread | None = None
-        self._is_off = after_steps is None
+        # Plain products loop over the members of each step, which a fixed pass cannot have in it on a CPU.
+        self._makes_more = after_steps is not None and (stack.device.type != "cpu" or has_kernels(stack.device))
         self.seconds = 0.0
 
     @property
@@ -55,7 +56,7 @@ class Shapes:
     def find(self, num_tokens: int, slots: set[int]) -> tuple[int, Pass] | None:
         """The size to fill a decoding pass up to, and how it is run; None: as it is, by the plain pass."""
         size = next((size for size in SIZES if size >= num_tokens), None)
-        if self._is_off or size is None:
+        if size is None:
             return None
         key = size, 0
         if self._stack.device.type != "cpu":
@@ -64,6 +65,8 @@ class Shapes:
             key = size, next(iter(slots))
         if (found := self._ready.get(key)) is not None:
             return size, found
+        if not self._makes_more:
+            return None
         self._uses[key] = self._uses.get(key, 0) + 1
         if self._uses[key] >= (self._after_steps or 0) and not self.is_busy:
             self._begin(key)
@@ -75,11 +78,11 @@ class Shapes:
             return
         if self.seconds >= self._max_seconds:
             log.info("%.0f s were spent on compiling, the most allowed: other batch sizes run uncompiled", self.seconds)
-            self._uses[key] = NEVER
+            self._makes_more = False
             return
         if not runtime.can_compile(self._stack.device):
             log.warning("torch.compile has no compiler or no Python headers here: passes run uncompiled")
-            self._is_off = True
+            self._makes_more = False
             return
         self._thread = threading.Thread(target=self._make, args=(key,), name="local-engine-compile", daemon=True)
         self._thread.start()
@@ -91,8 +94,8 @@ class Shapes:
             make = _recorded if self._stack.device.type == "cuda" else _compiled
             self._ready[key] = make(self._stack, *key)
         except Exception as error:  # noqa: BLE001  whatever the compiler could not do: the plain pass goes on
-            log.warning("batches of %d run uncompiled: %s", key[0], str(error).strip().splitlines()[:1])
-            self._uses[key] = NEVER
+            log.warning("batches of %d and others run uncompiled: %s", key[0], str(error).strip().splitlines()[:1])
+            self._makes_more = False  # what fails at one size fails at the next
         else:
             log.info("batches of up to %d are compiled, in %.1f s", key[0], time.monotonic() - started_s)
         finally:
@@ -101,7 +104,7 @@ class Shapes:
 
     def join(self) -> None:
         """Wait for what is in the making; nothing more is begun."""
-        self._is_off = True
+        self._makes_more = False
         if self._thread is not None:
             self._thread.join()
 
@@ -119,7 +122,7 @@ def _twin(stack: Any) -> tuple[Any, Any, list[Any]]:
 
 
 def _compiled(stack: Any, size: int, slot: int) -> Pass:
-    """A pass compiled with static shapes, entered without Dynamo's guards: they would take a seventh of a small step.
+    """A pass compiled with static shapes, entered without Dynamo's guards: they would take a fifth of a small step.
 
     Nothing that they watch can change: weights and pages are found by addresses in tensors that stay what they are.
     """
@@ -129,7 +132,7 @@ def _compiled(stack: Any, size: int, slot: int) -> Pass:
     entered: list[Any] = []  # the compiled function, and what it was called with
 
     def backend(graph: Any, examples: Any) -> Any:
-        # The C++ wrapper calls an operator in a third of the time that Python takes.
+        # With the C++ wrapper a pass of one token took 3.1 ms, with Python's 3.6 (docs/experiments.md).
         compiled: Any = compile_fx(graph, examples, config_patches={"cpp_wrapper": True})
 
         def enter(*inputs: Tensor) -> Any:
