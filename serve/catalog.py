@@ -10,7 +10,7 @@ from typing import Any
 from serve.contracts import GenerateRequest, Ledger, Member, Strategy, SwarmContext, TokenChunk
 from ulm import registry
 from ulm.errors import ConfigError, ModelNotFoundError, RequestError, did_you_mean
-from ulm.recipes.serve import Budget
+from ulm.recipes.serve import Budget, Limits
 
 SWARM = "swarm"
 
@@ -35,14 +35,20 @@ class Catalog:
     """Names: member ids, `swarm` (the default strategy), `swarm/<kind>` for every strategy that has what it needs."""
 
     def __init__(
-        self, members: Mapping[str, Member], context: SwarmContext, default: Mapping[str, Any], budget: Budget
+        self,
+        members: Mapping[str, Member],
+        context: SwarmContext,
+        default: Mapping[str, Any],
+        budget: Budget,
+        limits: Limits = Limits(),  # noqa: B008  frozen
     ) -> None:
-        self.members, self.context, self.budget = dict(members), context, budget
-        self._configs: dict[str, dict[str, Any]] = {SWARM: dict(default)}
+        self.members, self.context, self.budget, self._limits = dict(members), context, budget, limits
+        default = within(limits, default)
+        self._configs: dict[str, dict[str, Any]] = {SWARM: default}
         for member in self.members:
             self._configs[member] = {"kind": "single", "member": member}
         for kind in registry.kinds("strategy"):
-            config = dict(default) if kind == default["kind"] else {"kind": kind}
+            config = default if kind == default["kind"] else within(limits, {"kind": kind})
             if _strategy(config).missing(self.members, context) is None:
                 self._configs[f"{SWARM}/{kind}"] = config
         lacking = _strategy(default).missing(self.members, context)
@@ -54,26 +60,58 @@ class Catalog:
         return sorted(self._configs, key=lambda name: (not name.startswith(SWARM), name))
 
     def model(self, name: str, options: Mapping[str, Any] | None = None) -> Model:
-        """The model of a name, with a request's own `options` (top_k, every_tokens) for its strategy."""
+        """The model of a name, with a request's own `options` (top_k, every_tokens, …) for its strategy.
+
+        RequestError where the strategy has no such option, or where it asks for more than the operator allows.
+        """
         if name not in self._configs:
             raise ModelNotFoundError(
                 f"The model {reprlib.repr(name)} does not exist here ({did_you_mean(name, self._configs)})",
                 param="model",
                 code="model_not_found",
             )
-        try:
-            strategy = _strategy({**self._configs[name], **(options or {})})
-        except ConfigError as error:
-            raise RequestError(f"ulm: {error}", param="ulm") from None
+        strategy = self._strategy(self._configs[name], options or {})
         kind = str(self._configs[name]["kind"])
         members = {name: self.members[name]} if name in self.members else self.members
         return Model(name, kind, strategy, members, min(m.context_tokens for m in members.values()))
+
+    def _strategy(self, config: Mapping[str, Any], options: Mapping[str, Any]) -> Strategy:
+        try:
+            strategy = _strategy({**config, **options})
+        except ConfigError as error:
+            raise RequestError(f"ulm: {error}", param="ulm") from None
+        for field, limit in _beyond(self._limits, options).items():
+            problem = f"{options[field]} is beyond this endpoint's limit, which is {limit}"
+            raise RequestError(f"ulm.{field}: {problem}", param=f"ulm.{field}")
+        lacking = strategy.missing(self.members, self.context) if options else None
+        if lacking is not None:
+            raise RequestError(f"ulm: these options need {lacking}", param="ulm")
+        return strategy
 
     def answer(
         self, model: Model, request: GenerateRequest, budget: Budget | None
     ) -> AsyncIterator[TokenChunk | Ledger]:
         """Chunks of an answer, the Ledger last, under the stricter of the operator's and the request's budget."""
         return model.strategy.answer(request, model.members, self.context, _stricter(self.budget, budget))
+
+
+def _beyond(limits: Limits, config: Mapping[str, Any]) -> dict[str, int]:
+    """The fields of a strategy that lie beyond a limit, with that limit."""
+    found: dict[str, int] = {}
+    top_k, every_tokens = config.get("top_k"), config.get("every_tokens")
+    if top_k is not None and limits.max_top_k is not None and top_k > limits.max_top_k:
+        found["top_k"] = limits.max_top_k
+    if every_tokens is not None and every_tokens < limits.min_every_tokens:
+        found["every_tokens"] = limits.min_every_tokens
+    return found
+
+
+def within(limits: Limits, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A strategy's config, its defaults moved within the limits; ConfigError where it says itself what is beyond."""
+    for field, limit in _beyond(limits, config).items():
+        remedy = "another value, or other limits in the recipe"
+        raise ConfigError(f"strategy.{field}", f"{config[field]} is beyond the limit {limit}", remedy)
+    return {**config, **_beyond(limits, registry.configure("strategy", dict(config)).model_dump())}
 
 
 def _strategy(config: Mapping[str, Any]) -> Strategy:

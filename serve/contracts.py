@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from torch import Tensor
 
+from serve.health import Health
 from ulm.errors import RequestError
 from ulm.models.sampling import Sampling
 from ulm.recipes.serve import Budget
@@ -24,30 +25,11 @@ MAX_PRIORITY = 100
 
 
 @dataclass(frozen=True)
-class RouterWeights:
-    """Weights found by a router from the text so far, anew every `every_tokens` generated tokens."""
-
-    path: str  # the clustering's folder
-    members: tuple[str, ...]  # by cluster number
-    top_k: int
-    every_tokens: int = 64
-    max_calls: int | None = None  # members that may be drawn in over the whole answer
-
-    def check(self) -> None:
-        """RequestError by name for settings that would leave an answer without members."""
-        if not self.members or len(set(self.members)) < len(self.members):
-            raise RequestError(f"weights: {self.members} names no members, or one twice", param="weights")
-        for name, value in (("top_k", self.top_k), ("every_tokens", self.every_tokens), ("max_calls", self.max_calls)):
-            if value is not None and not value >= 1:
-                raise RequestError(f"{name}: {value} is below 1", param=name)
-
-
-@dataclass(frozen=True)
 class GenerateRequest:
     """Continue `tokens` with one member, or with several mixed in probability space."""
 
     tokens: tuple[int, ...]
-    weights: Mapping[str, float] | RouterWeights  # {member: 1.0} for one
+    weights: Mapping[str, float]  # {member: 1.0} for one
     max_tokens: int
     sampling: Sampling = Sampling()
     stop: tuple[str, ...] = ()
@@ -59,6 +41,9 @@ class GenerateRequest:
     prompt_logprobs: int | None = None  # of every prompt token, with so many likeliest ones; None: none
     echo: bool = False  # the prompt's text before each choice's own
     priority: int = 0  # higher first; each unit is worth as much as some seconds of waiting
+    # Tokens of this answer that were generated before, by whomever. They count for penalties, draws and stop strings;
+    # they are not sent again, and max_tokens are those that follow.
+    generated: tuple[int, ...] = ()
 
     def check(self) -> None:
         """RequestError by name for settings that contradict each other or mean nothing."""
@@ -88,9 +73,9 @@ class GenerateRequest:
             raise RequestError(f"deadline_s: {self.deadline_s} is no time from now on", param="deadline_s")
         if not abs(self.priority) <= MAX_PRIORITY:
             raise RequestError(f"priority: {self.priority} is beyond +-{MAX_PRIORITY}", param="priority")
-        if isinstance(self.weights, RouterWeights):
-            self.weights.check()
-            return
+        if self.generated and (self.num_choices > 1 or self.echo or self.prompt_logprobs is not None):
+            problem = "an answer that goes on has one choice, and its prompt was given before"
+            raise RequestError(f"generated: {problem}", param="generated")
         for member, weight in self.weights.items():
             if not (weight >= 0 and math.isfinite(weight)):
                 raise RequestError(f"weights: {weight} of {member!r} is no weight", param="weights")
@@ -122,18 +107,6 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
-class Call:
-    """One member's part in one answer."""
-
-    member: str
-    tokens_in: int
-    tokens_out: int
-    ms: float
-    weight: float  # mean over the tokens it had a part in
-    why: str
-
-
-@dataclass(frozen=True)
 class TokenChunk:
     """A piece of an answer. `text` lags behind `tokens` while a stop string or a character is undecided."""
 
@@ -141,7 +114,6 @@ class TokenChunk:
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None  # stop or length, on a choice's last chunk; a deadline is length, and degraded
-    calls: tuple[Call, ...] = ()  # on the last chunk of all
     degraded: str | None = None  # on the last chunk of all: what was not done as asked
     index: int = 0  # of the choice
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of prompt tokens 1, 2, …; on the first chunk of all
@@ -159,7 +131,7 @@ class TokenChunk:
 
     @classmethod
     def by_choice(cls, chunks: Sequence[TokenChunk]) -> list[TokenChunk]:
-        """Chunks of an answer, in order, as one a choice; the last to end, which has the ledger's lines, last."""
+        """Chunks of an answer, in order, as one a choice; last the one that ended last, with the remarks."""
         of: dict[int, list[TokenChunk]] = {}
         for chunk in chunks:
             of.setdefault(chunk.index, []).append(chunk)
@@ -239,7 +211,26 @@ class SwarmContext:
     """What a strategy may use beside the members."""
 
     router: Router | None = None
-    router_path: str | None = None
+    fallback: tuple[str, ...] = ()  # members that answer, in this order, when those that should do not
+    health: Health = field(default_factory=Health)
+
+
+@dataclass
+class Call:
+    """One member's part in one answer."""
+
+    member: str
+    tokens_in: int
+    why: str
+    tokens_out: int = 0
+    ms: float = 0.0
+    weight: float = 0.0  # mean over the tokens it had a part in
+
+    def add(self, num_tokens: int, weight: float) -> None:
+        """Enter tokens that it had a part in."""
+        if num_tokens:
+            self.weight = (self.weight * self.tokens_out + weight * num_tokens) / (self.tokens_out + num_tokens)
+            self.tokens_out += num_tokens
 
 
 @dataclass
@@ -249,7 +240,7 @@ class Ledger:
     strategy: str
     calls: list[Call] = field(default_factory=list)
     budget: Budget = Budget()
-    degraded: list[str] = field(default_factory=list)
+    degraded: list[str] = field(default_factory=list)  # what was not done as asked, and why
 
 
 class Strategy(Protocol):
@@ -262,5 +253,8 @@ class Strategy(Protocol):
     def answer(
         self, request: GenerateRequest, members: Mapping[str, Member], context: SwarmContext, budget: Budget
     ) -> AsyncIterator[TokenChunk | Ledger]:
-        """Chunks of the answer, the Ledger last. The request's own weights are replaced by the strategy's."""
+        """Chunks of the answer, the Ledger last. The request's own weights are replaced by the strategy's.
+
+        Budgets of calls and tokens are never exceeded, that of time by at most one step of an engine.
+        """
         ...

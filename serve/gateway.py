@@ -45,8 +45,8 @@ class Gateway:
                     name, by_group[names], tokenizer, spec.context_tokens, planned.cluster, planned.domain
                 )
         router = Router.load(plan.router) if plan.router else None
-        context = SwarmContext(router, str(plan.router) if plan.router else None)
-        self._catalog = Catalog(members, context, plan.strategy, plan.budget)
+        context = SwarmContext(router, plan.fallback)
+        self._catalog = Catalog(members, context, plan.strategy, plan.budget, plan.limits)
 
     async def check_health(self) -> None:
         """Loads the members of an engine of its own at the first call."""

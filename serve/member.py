@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
 from ray import serve as ray_serve
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from serve.contracts import Engine, GenerateRequest, MemberInfo, TokenChunk
 from serve.metrics import recorder
 from ulm import registry
+from ulm.errors import MemberDownError
 
 STATS_PERIOD_S = 5.0
+PATIENCE_S = 30.0  # for any reply; a strategy that wants it sooner stops waiting
+SECONDS_A_TOKEN = 0.5  # more, for each token of an answer in one piece
+LOAD_S = 600.0  # more, for weights to be read
+CANCEL_S = 0.1  # from the cancelling of a request's calls to its own, across threads
 # What an engine's stats are called among the metrics; one that has no such number leaves it out.
 GAUGES: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("resident_bytes", "ulm_memory_resident_bytes", {}),
@@ -120,29 +127,71 @@ class EngineReplica:
 
 
 class RemoteEngine:
-    """An engine in another process, as an Engine. Errors come back as they were raised there."""
+    """An engine in another process, as an Engine. Errors come back as they were raised there.
 
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
+    MemberDownError where its process is gone, or does not answer in `patience_s`. Whoever stops waiting for a call
+    cancels it there, too.
+    """
 
-    async def _call(self, method: str, *arguments: Any) -> Any:
+    def __init__(self, handle: DeploymentHandle, patience_s: float = PATIENCE_S) -> None:
+        self._handle, self._patience_s = handle, patience_s
+
+    async def _call(self, method: str, *arguments: Any, more_s: float = 0.0) -> Any:
+        response, is_done = getattr(self._handle, method).remote(*arguments), False
+        patience_s = self._patience_s + more_s
         try:
-            return await getattr(self._handle, method).remote(*arguments)
+            async with self._errors():
+                async with asyncio.timeout(patience_s) as limit:
+                    result = await response
+                    is_done = True
+                    return result
+        except TimeoutError:
+            if not limit.expired():  # the engine's own
+                raise
+            raise MemberDownError(f"{self._name} did not answer within {patience_s:.0f} s") from None
+        finally:
+            if not is_done:
+                response.cancel()
+
+    @property
+    def _name(self) -> str:
+        return str(self._handle.deployment_name)
+
+    @asynccontextmanager
+    async def _errors(self) -> AsyncIterator[None]:
+        """Errors of the engine as it raised them, those of what lies between as MemberDownError."""
+        try:
+            yield
         except RayTaskError as error:
+            if isinstance(error.cause, (RayError, RayServeException)):  # of a call that the engine's process made
+                raise MemberDownError(f"{self._name} is not there: {_line(error.cause)}") from None
             raise error.cause from None
+        except (RayError, RayServeException) as error:
+            raise MemberDownError(f"{self._name} is not there: {_line(error)}") from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise  # whoever waited has left
+            # Serve cancels the calls of a replica that goes away, and those of a request whose client has left: then
+            # this task, too, is cancelled in a moment.
+            await asyncio.sleep(CANCEL_S)
+            raise MemberDownError(f"{self._name} is not there: its calls were cancelled") from None
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
         """Chunks of an answer; one a choice when the request does not stream."""
         if not request.stream:
-            for chunk in await self._call("generate_whole", request):
+            for chunk in await self._call("generate_whole", request, more_s=SECONDS_A_TOKEN * request.max_tokens):
                 yield chunk
             return
         response = self._handle.options(stream=True).generate.remote(request)
         try:
-            async for chunk in response:
+            while True:
+                async with self._errors():
+                    try:
+                        chunk = await anext(response)
+                    except StopAsyncIteration:
+                        return
                 yield chunk
-        except RayTaskError as error:
-            raise error.cause from None
         finally:
             response.cancel()  # frees the rows when the client has left; nothing to do after the end
 
@@ -153,7 +202,7 @@ class RemoteEngine:
 
     async def load(self, member: str, checkpoint: str) -> MemberInfo:
         """See Engine."""
-        info: MemberInfo = await self._call("load", member, checkpoint)
+        info: MemberInfo = await self._call("load", member, checkpoint, more_s=LOAD_S)
         return info
 
     async def unload(self, member: str) -> None:
@@ -162,7 +211,7 @@ class RemoteEngine:
 
     async def reload(self, member: str, checkpoint: str) -> MemberInfo:
         """See Engine."""
-        info: MemberInfo = await self._call("reload", member, checkpoint)
+        info: MemberInfo = await self._call("reload", member, checkpoint, more_s=LOAD_S)
         return info
 
     async def score(self, member: str, tokens: Sequence[int]) -> list[float]:
@@ -185,3 +234,8 @@ class RemoteEngine:
 
     async def close(self) -> None:
         """Nothing: the replica ends with the application."""
+
+
+def _line(error: BaseException) -> str:
+    """The first line of what Ray says, which goes on with addresses and logs."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

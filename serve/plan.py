@@ -1,4 +1,4 @@
-"""What a serve recipe means once its names are looked up: members with their checkpoints, router, strategy, budget."""
+"""What a serve recipe means once its names are looked up: members with their checkpoints, router, strategy, limits."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from serve.catalog import within
 from ulm.checkpoints import store
 from ulm.checkpoints.manifest import read_manifest, verify
-from ulm.errors import ConfigError
-from ulm.recipes.serve import Budget, ServeRecipe
-from ulm.swarm.manifest import Swarm
+from ulm.errors import ConfigError, did_you_mean
+from ulm.recipes.serve import Budget, Limits, ServeRecipe
+from ulm.swarm.manifest import SEED, Swarm
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Plan:
     budget: Budget
     router: Path | None
     swarm: Path | None
+    fallback: tuple[str, ...] = ()
+    limits: Limits = Limits()
 
 
 def _verified(checkpoint: Path) -> Path:
@@ -65,5 +68,12 @@ def make_plan(recipe: ServeRecipe, *, root: Path, near: Path | None) -> Plan:
     names = list(members)
     if not names:
         raise ConfigError("members", "is empty", "name at least one")
+    fallback = recipe.fallback
+    if fallback is None:
+        fallback = (SEED,) if recipe.swarm is not None and SEED in members else ()
+    for number, name in enumerate(fallback):
+        if name not in members:
+            raise ConfigError(f"fallback.{number}", f"no member {name!r} is served", did_you_mean(name, members))
+    within(recipe.limits, strategy)
     groups = tuple(tuple(names[i : i + size]) for i in range(0, len(names), size))
-    return Plan(members, groups, strategy, budget, router, folder)
+    return Plan(members, groups, strategy, budget, router, folder, fallback, recipe.limits)

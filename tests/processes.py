@@ -69,12 +69,12 @@ def nothing_is_left(home: Path) -> None:
     assert [str(p) for p in home.rglob("*.partial")] == []
 
 
-def training_workers() -> list[int]:
-    """The processes of Ray Train's workers below this one."""
+def training_workers(title: bytes = b"ray::RayTrainWorker") -> list[int]:
+    """The processes of Ray Train's workers, or of other actors, below this one."""
     found = []
     for process in _processes():
         with contextlib.suppress(OSError):  # it ended meanwhile
-            if (process / "cmdline").read_bytes().startswith(b"ray::RayTrainWorker") and _is_below_this(process):
+            if (process / "cmdline").read_bytes().startswith(title) and _is_below_this(process):
                 found.append(int(process.name))
     return found
 

@@ -8,10 +8,12 @@ UlmError
 ├── TrainingError          training cannot go on (the loss is not finite, a worker is lost)
 ├── UnsupportedError       an engine or a kind cannot do what was asked
 ├── ClusterError           Ray or a port is not to be had
+├── MemberDownError        an engine is gone or does not answer; strategies go on without its members
 └── RequestError           a request to the endpoint is refused; carries OpenAI's status, type and code
     ├── ContextLengthError     prompt longer than the model's context
     ├── ModelNotFoundError     no such model at this endpoint
     ├── OverloadedError        too many requests are waiting already: ask again later
+    │   └── UnavailableError   no member that could answer is up: ask again later
     └── UnknownCharacterError  text that a char tokenizer cannot spell
 """
 
@@ -60,6 +62,10 @@ class ClusterError(UlmError):
     """The cluster, a port or a server process is not to be had."""
 
 
+class MemberDownError(UlmError):
+    """The process of an engine is gone, or it does not answer."""
+
+
 class RequestError(UlmError):
     """A request is refused. `status` is the HTTP status; `code` and `type` are OpenAI's."""
 
@@ -89,10 +95,29 @@ class ModelNotFoundError(RequestError):
 
 
 class OverloadedError(RequestError):
-    """Too much is waiting already; the same request may be accepted later."""
+    """Too much is waiting already; the same request may be accepted in `retry_after_s` seconds."""
 
     status = 503
     type = "server_error"
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, retry_after_s: float = 1.0
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild_overloaded_error, (type(self), str(self), self.param, self.code, self.retry_after_s)
+
+
+def _rebuild_overloaded_error(
+    cls: type[OverloadedError], message: str, param: str | None, code: str | None, retry_after_s: float
+) -> OverloadedError:
+    return cls(message, param=param, code=code, retry_after_s=retry_after_s)
+
+
+class UnavailableError(OverloadedError):
+    """Nobody is there to answer; the same request may be answered later."""
 
 
 class UnknownCharacterError(RequestError):

@@ -36,12 +36,18 @@ _TABLE = (
     Metric("ulm_train_grad_norm", "gauge", ("run", "model"), "Before clipping, of the newest step."),
     Metric("ulm_train_data_wait_seconds_total", "counter", ("run", "model"), "Time the first worker waited for data."),
     Metric("ulm_train_events_total", "counter", ("run", "model", "kind"), "Rollbacks, restarts and the like in all."),
+    # the queue of a swarm's runs, of its driver
+    Metric("ulm_queue_tasks", "gauge", ("swarm", "state"), "Runs that are waiting, running, done, failed or stopped."),
+    Metric("ulm_queue_workers", "gauge", ("swarm", "state"), "Workers that are busy or idle."),
     # serving; `outcome` is ok, the error's code, or cancelled
     Metric("ulm_requests_total", "counter", ("model", "strategy", "outcome"), "Requests that ended."),
     Metric("ulm_request_seconds", "histogram", ("model", "strategy"), "Arrival to last byte.", _SECONDS),
     Metric("ulm_ttft_seconds", "histogram", ("model", "strategy"), "Arrival to first token.", _SECONDS),
     Metric("ulm_tokens_total", "counter", ("model", "kind"), "Tokens served; kind is prompt or generated."),
     Metric("ulm_generated_tokens_per_second", "gauge", ("model",), "Tokens generated per second, lately."),
+    Metric("ulm_swarm_calls_total", "counter", ("strategy", "member", "why"), "Calls of members; why is one of few."),
+    Metric("ulm_swarm_call_tokens_total", "counter", ("strategy", "member"), "Tokens that members generated."),
+    Metric("ulm_swarm_degraded_total", "counter", ("strategy", "why"), "What was not done as asked; why is one word."),
     Metric("ulm_member_weight", "gauge", ("member",), "Share of a member in the newest answer, 0 to 1."),
     # an engine, by the role of its process: engine, or gateway where it is inside
     Metric("ulm_engine_answers", "gauge", ("role", "state"), "Answers under way; state is running or waiting."),

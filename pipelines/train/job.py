@@ -1,4 +1,4 @@
-"""The training job: tasks handed to Ray Train's workers, watched, stopped, resumed.
+"""The training job: a task handed to Ray Train's workers, watched, stopped, resumed.
 
 `python -m pipelines.train.job RECIPE` is `ulm train` as a Ray job.
 """
@@ -29,7 +29,7 @@ from pipelines.train.legs import TASK
 from pipelines.train.prepare import prepare
 from pipelines.train.saver import full_disk, full_disk_told, is_full
 from pipelines.train.stopping import STOP, stopping
-from pipelines.train.task import Stage, TrainTask
+from pipelines.train.task import TrainTask
 from pipelines.train.worker_job import Work, train_worker
 from ulm import runtime
 from ulm.errors import ClusterError, ConfigError, TrainingError, UlmError
@@ -39,7 +39,6 @@ from ulm.recipes.train import Resources, TrainRecipe
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, dict[str, Any]], None]  # step, steps, the line of metrics.jsonl
-RunProgress = Callable[[str, int, int, dict[str, Any]], None]  # the same, after the run's name
 EXIT_FAILED, EXIT_WRONG_RECIPE, EXIT_INTERRUPTED = 1, 2, 143
 POLL_S = 1.0  # how often figures are read for the bars; each look takes time from the workers on a small machine
 # Ray 2.60's PlacementGroupCleaner takes a controller for dead while the state API of a new cluster knows no actor yet
@@ -96,76 +95,47 @@ def run_task(
 ) -> dict[str, Any]:
     """Train a task to its end, from where its folder stands; a finished one answers at once.
 
+    Of a range of workers as many are taken as the cluster has room for. SIGTERM and Ctrl-C make them save and stop.
     Returns {run, checkpoint, step, loss, bits_per_byte, tokens_per_second}, or with `status: interrupted` the run,
-    the newest checkpoint and its step. ConfigError when the folder holds another run of that name.
+    the newest checkpoint and its step. ConfigError when the folder holds another run of that name, ClusterError where
+    another process trains it already.
     """
+    folder.check(task)
     if recipe is not None:
-        folder.check(task)
         folder.write_recipe(task, recipe)
-    report = None if on_progress is None else lambda _run, *rest: on_progress(*rest)
-    stages = (Stage((task,)),)
-    return run_stages(
-        stages, name=task.run, workers=workers, resources=resources, on_progress=report, on_event=on_event
-    )[0]
-
-
-def run_stages(
-    stages: Sequence[Stage],
-    *,
-    name: str,
-    workers: int | range = 1,
-    resources: Resources = Resources(),  # noqa: B008  frozen
-    on_progress: RunProgress | None = None,
-    on_event: Callable[[str, Event], None] | None = None,
-) -> list[dict[str, Any]]:
-    """Train all tasks of all stages with one group of workers, which starts once; their last lines, in order.
-
-    Of a range of workers as many are taken as the cluster has room for. Finished tasks are skipped. SIGTERM and Ctrl-C
-    make the workers save and stop. ClusterError where another process trains one of these runs already.
-    Runs lie in one folder; Ray Train keeps its own files beside them under `name`.
-    """
-    tasks = [task for stage in stages for task in stage.tasks]
-    for task in tasks:
-        folder.check(task)
     counts = range(workers, workers + 1) if isinstance(workers, int) else workers
-    for stage in stages:
-        for task in stage.tasks if not stage.side_by_side else ():
-            folder.check_workers(task, counts)
-    if not all(folder.is_finished(task) for task in tasks):
-        for task in tasks:
-            with folder.held(task):  # no other process is at it, which this would disturb
-                (task.folder / STOP).unlink(missing_ok=True)
-        with stopping([task.folder for task in tasks], on_event), folder.failure_told(tasks):
-            _watched(lambda: _fit(tuple(stages), name, counts, resources), tasks, on_progress, on_event)
-        for task in tasks:
+    folder.check_workers(task, counts)
+    if not folder.is_finished(task):
+        with folder.held(task):  # no other process is at it, which this would disturb
             (task.folder / STOP).unlink(missing_ok=True)
-    return [folder.last_line(task) for task in tasks]
+        with stopping([task.folder], on_event), folder.failure_told([task]):
+            _watched(lambda: _fit(task, counts, resources), task, on_progress, on_event)
+        (task.folder / STOP).unlink(missing_ok=True)
+    return folder.last_line(task)
 
 
-def _fit(stages: tuple[Stage, ...], name: str, counts: range, resources: Resources) -> None:
+def _fit(task: TrainTask, counts: range, resources: Resources) -> None:
     """Run the workers to the end, again where one is lost. Errors of ours come out as they were raised on a worker."""
-    tasks = [task for stage in stages for task in stage.tasks]
     failures, before, room, waits = 0, None, _room(counts, resources), False
-    while (lost := _fit_once(stages, name, room)) is not None:
-        reached = [folder.newest_step(task)[1] for task in tasks]
+    while (lost := _fit_once(task, room)) is not None:
+        reached = folder.newest_step(task)[1]
         if lost.is_taken:  # by others, or by a node that has just gone: fewer workers may find room, else wait for it
             allowed = range(counts.start, max(room.workers, counts.start + 1))
         else:
             failures, before, allowed = (failures + 1 if reached == before else 1), reached, counts
         if failures > resources.max_restarts:
-            raise TrainingError(f"{name}: a worker failed, running it again resumes it: {lost.how}")
-        found = _room_again(allowed, resources, tasks)
+            raise TrainingError(f"{task.run}: a worker failed, running it again resumes it: {lost.how}")
+        found = _room_again(allowed, resources, task)
         if found is None:
             return  # it was asked to stop; what is saved is saved
         if lost.is_taken and found == room:
             if not waits:
-                log.warning("%s: what %s would need is in use; waiting for it", name, _workers(room.workers))
+                log.warning("%s: what %s would need is in use; waiting for it", task.run, _workers(room.workers))
             waits = True
             continue
         text = f"{lost.how}; starting again from here with {_workers(found.workers)}"
-        for task, step in zip(tasks, reached, strict=True):
-            if (task.folder / TASK).is_file() and not folder.is_finished(task):
-                events.say(task.folder, step, "restart", text)
+        if (task.folder / TASK).is_file() and not folder.is_finished(task):
+            events.say(task.folder, reached, "restart", text)
         room, waits = found, False
 
 
@@ -190,21 +160,19 @@ def _workers(number: int) -> str:
     return "1 worker" if number == 1 else f"{number} workers"
 
 
-def _fit_once(stages: tuple[Stage, ...], name: str, room: _Room) -> _Lost | None:
+def _fit_once(task: TrainTask, room: _Room) -> _Lost | None:
     """Run the workers until they end: None when they are done. Errors of ours, and mistakes in our code, are raised."""
-    runs = stages[0].tasks[0].folder.parent
     runtime.set_variable("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", CONTROLLER_POLL_S)
     runtime.set_variable("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # of cloud machines; an actor that takes CPU time
     runtime.set_variable("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{START_WAIT_S:g}", keep=False)
     for stuck in ("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "RAY_TRAIN_COLLECTIVE_TIMEOUT_S"):
         runtime.set_variable(stuck, f"{STUCK_AFTER_S:g}", keep=False)
-    one_run = [task.folder.name for stage in stages for task in stage.tasks] == [name]
     for _attempt in range(MAX_ATTEMPTS):
         # Ray's list of checkpoints: we find the newest ourselves, and Ray would not start once one on it is pruned.
-        (runs / name / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
+        (task.folder / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
         trainer = TorchTrainer(
             train_worker,
-            train_loop_config={"work": Work(stages, threads=max(1, int(room.cpus)), report=one_run)},
+            train_loop_config={"work": Work(task, threads=max(1, int(room.cpus)))},
             torch_config=TorchConfig(timeout_s=math.ceil(STUCK_AFTER_S)),
             scaling_config=ScalingConfig(
                 num_workers=room.workers,
@@ -212,8 +180,8 @@ def _fit_once(stages: tuple[Stage, ...], name: str, room: _Room) -> _Lost | None
                 resources_per_worker={"CPU": room.cpus, **({"GPU": room.gpus} if room.gpus else {})},
             ),
             run_config=RunConfig(
-                name=name,
-                storage_path=str(runs),
+                name=task.folder.name,
+                storage_path=str(task.folder.parent),
                 checkpoint_config=CheckpointConfig(num_to_keep=None),
                 # Ray would try again for ever, with as many workers as before; how many there is room for is said here.
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
@@ -223,10 +191,10 @@ def _fit_once(stages: tuple[Stage, ...], name: str, room: _Room) -> _Lost | None
             trainer.fit()
             return None
         except TrainingFailedError as error:
-            lost = _judge(runs / name, error)
+            lost = _judge(task.folder, error)
             if GROUP_REMOVED not in str(error):
                 return lost
-            log.warning("Ray took the workers of %s away while they started; starting them again", name)
+            log.warning("Ray took the workers of %s away while they started; starting them again", task.run)
     return lost
 
 
@@ -235,8 +203,8 @@ def _judge(run: Path, error: TrainingFailedError) -> _Lost:
     of_controller: Exception | None = getattr(error, "controller_failure", None)
     of_ranks: dict[int, Exception] = getattr(error, "worker_failures", {})
     for cause in (*of_ranks.values(), of_controller):
-        if (ours := _ours(cause)) is not None:
-            raise ours from error
+        if (known := ours(cause)) is not None:
+            raise known from error
         if is_full(cause):  # of Ray's controller, which writes beside the run
             raise full_disk(run) from error
         if isinstance(cause, MISTAKES):
@@ -251,7 +219,7 @@ def _judge(run: Path, error: TrainingFailedError) -> _Lost:
     return _Lost(f"{which} was lost ({GUESSES.split(why)[0][:300]})")
 
 
-def _ours(error: BaseException | None) -> UlmError | None:
+def ours(error: BaseException | None) -> UlmError | None:
     """The first error of ours along a chain of causes."""
     while error is not None and not isinstance(error, UlmError):
         error = error.__cause__ or getattr(error, "cause", None)
@@ -283,13 +251,13 @@ def _fitting(node: dict[str, float], cpus: float, gpus: float) -> int:
     return int(min(by_cpus, node.get("GPU", 0.0) // gpus) if gpus else by_cpus)
 
 
-def _room_again(counts: range, resources: Resources, tasks: Sequence[TrainTask]) -> _Room | None:
-    """Room for workers after some were lost; None when the tasks were asked to stop meanwhile.
+def _room_again(counts: range, resources: Resources, task: TrainTask) -> _Room | None:
+    """Room for workers after some were lost; None when the task was asked to stop meanwhile.
 
     ClusterError when there is none for the fewest, also after ROOM_WAIT_S, in which a node may come back.
     """
     deadline_s = time.monotonic() + ROOM_WAIT_S
-    while not any((task.folder / STOP).exists() for task in tasks):
+    while not (task.folder / STOP).exists():
         try:
             return _room(counts, resources)
         except ClusterError:
@@ -301,11 +269,11 @@ def _room_again(counts: range, resources: Resources, tasks: Sequence[TrainTask])
 
 def _watched(
     work: Callable[[], None],
-    tasks: Sequence[TrainTask],
-    on_progress: RunProgress | None,
+    task: TrainTask,
+    on_progress: Progress | None,
     on_event: Callable[[str, Event], None] | None,
 ) -> None:
-    """Do the work in a thread, so that this one answers signals and reports what the runs' files tell."""
+    """Do the work in a thread, so that this one answers signals and reports what the run's files tell."""
     errors: list[BaseException] = []
 
     def body() -> None:
@@ -314,18 +282,31 @@ def _watched(
         except BaseException as error:  # noqa: BLE001  raised again below, in the caller's thread
             errors.append(error)
 
-    tails = [(task, Tail(task.folder), EventTail(task.folder)) for task in tasks]
+    watch = Watch(task, on_progress, on_event)
     thread = threading.Thread(target=body, name="ray-train", daemon=True)
     thread.start()
     while thread.is_alive():
         thread.join(POLL_S)
-        for task, tail, event_tail in tails:
-            for event in event_tail.new() if on_event else ():
-                on_event(task.run, event)  # type: ignore[misc]
-            for line in tail.new_lines() if on_progress else ():
-                on_progress(task.run, line["step"], task.num_steps, line)  # type: ignore[misc]
+        watch.look()
     if errors:
         raise errors[0]
+
+
+class Watch:
+    """Tells what a run's files say while others write them."""
+
+    def __init__(
+        self, task: TrainTask, on_progress: Progress | None, on_event: Callable[[str, Event], None] | None
+    ) -> None:
+        self._task, self._on_progress, self._on_event = task, on_progress, on_event
+        self._figures, self._events = Tail(task.folder), EventTail(task.folder)
+
+    def look(self) -> None:
+        """Tell the events and steps since the last look, each once."""
+        for event in self._events.new() if self._on_event else ():
+            self._on_event(self._task.run, event)  # type: ignore[misc]
+        for line in self._figures.new_lines() if self._on_progress else ():
+            self._on_progress(line["step"], self._task.num_steps, line)  # type: ignore[misc]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

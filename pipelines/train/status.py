@@ -81,6 +81,12 @@ def _status(folder: Path, newest: dict[str, Any], num_steps: int | None) -> str:
     return "failed" if events.has_failed(folder) else "interrupted"
 
 
+def newest_step(folder: Path) -> int:
+    """The step of the newest line of metrics.jsonl, 0 before there is one; a resume may set it back."""
+    lines = _newest_lines(folder)
+    return int(lines[-1]["step"]) if lines else 0
+
+
 def _newest_lines(folder: Path) -> list[dict[str, Any]]:
     """The last whole lines of metrics.jsonl."""
     path = folder / figures.FILE

@@ -27,14 +27,18 @@ def request_stop(run_folder: Path) -> None:
 
 
 @contextmanager
-def stopping(run_folders: Sequence[Path], on_event: Callable[[str, Event], None] | None = None) -> Iterator[None]:
-    """While inside, SIGTERM and Ctrl-C ask these runs to stop; a second Ctrl-C interrupts at once.
+def stopping(
+    run_folders: Sequence[Path], on_event: Callable[[str, Event], None] | None = None
+) -> Iterator[threading.Event]:
+    """While inside, SIGTERM and Ctrl-C ask these runs to stop, and set the event; a second Ctrl-C interrupts at once.
 
     `on_event` is told of it at once, for each run that is under way, else the log. Only the main thread of a process
     can catch signals; in another this does nothing.
     """
+    is_asked = threading.Event()
 
     def ask(number: int, frame: FrameType | None) -> None:
+        is_asked.set()
         for run_folder in run_folders:
             request_stop(run_folder)
             if on_event is not None and artefacts.is_locked(run_folder):
@@ -45,11 +49,11 @@ def stopping(run_folders: Sequence[Path], on_event: Callable[[str, Event], None]
             log.warning(ASKED)
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield is_asked
         return
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield is_asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

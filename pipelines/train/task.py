@@ -75,21 +75,6 @@ class TrainTask:
         }
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Tasks that may begin once the stages before are done, and how the workers share them."""
-
-    tasks: tuple[TrainTask, ...]
-    side_by_side: bool = False  # each task on one worker, longest first; else all workers on each, one after another
-
-    def of_worker(self, rank: int, world_size: int) -> list[TrainTask]:
-        """The tasks of one worker, when they go side by side: each to the worker with the least to do so far."""
-        lanes: list[list[TrainTask]] = [[] for _ in range(world_size)]
-        for task in sorted(self.tasks, key=lambda task: -task.num_steps * task.batch_tokens):
-            min(lanes, key=lambda lane: sum(t.num_steps * t.batch_tokens for t in lane)).append(task)
-        return lanes[rank]
-
-
 def resolve(recipe: TrainRecipe, *, root: Path, near: Path | None = None) -> TrainTask:
     """The task that a recipe means; ConfigError where its parts do not fit each other or the corpus."""
     for package in recipe.log_to:

@@ -13,16 +13,15 @@ from typing import Any
 
 import ray.train
 import torch
-import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.torch import get_device
 from ray.util.metrics import Counter, Gauge
 
 from pipelines.train import events
 from pipelines.train.figures import StepFigures
-from pipelines.train.loop import Result, train
+from pipelines.train.loop import train
 from pipelines.train.stopping import STOP
-from pipelines.train.task import Stage, TrainTask
+from pipelines.train.task import TrainTask
 from ulm import runtime
 from ulm.metrics import METRICS
 
@@ -46,46 +45,26 @@ EXPORT_EVERY_S = 1.0  # setting them takes 0.2 ms, and a step may take ten; Prom
 class Work:
     """What all workers of one trainer are given. Ray sets OMP_NUM_THREADS by the CPUs; torch's threads are set here."""
 
-    stages: tuple[Stage, ...]
+    task: TrainTask
     threads: int
-    report: bool  # checkpoints are within Ray's folder of the run, so Ray may be told of them
 
 
 def train_worker(config: dict[str, Work]) -> None:
-    """Ray Train's function on every worker: the stages in order, until one is asked to stop."""
+    """Ray Train's function on every worker: the task to its end, or until it is asked to stop."""
     work = config["work"]
     torch.set_num_threads(work.threads)
     logging.getLogger("pipelines").setLevel(logging.INFO)
-    context, device, exporter = ray.train.get_context(), get_device(), Exporter()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-
-    def run(task: TrainTask, rank: int, world_size: int) -> Result:
-        with exporter.of(task) as on_step:
-            return train(
-                task,
-                rank=rank,
-                world_size=world_size,
-                device=device,
-                on_step=on_step,
-                on_checkpoint=_report if work.report else lambda place: None,
-                should_stop=(task.folder / STOP).exists,
-            )
-
-    for number, stage in enumerate(work.stages):
-        stopped = False
-        for task in stage.of_worker(rank, world_size) if stage.side_by_side else stage.tasks:
-            alone = stage.side_by_side
-            stopped = stopped or run(task, 0 if alone else rank, 1 if alone else world_size).stopped
-        if number + 1 < len(work.stages) and _anywhere(stopped, device):
-            return
-
-
-def _anywhere(mine: bool, device: torch.device) -> bool:
-    """Whether it is true on any worker; all have finished the stage when this returns."""
-    flag = torch.tensor(float(mine), device=device)
-    if dist.is_initialized():
-        dist.all_reduce(flag)
-    return bool(flag)
+    context = ray.train.get_context()
+    with Exporter().of(work.task) as on_step:
+        train(
+            work.task,
+            rank=context.get_world_rank(),
+            world_size=context.get_world_size(),
+            device=get_device(),
+            on_step=on_step,
+            on_checkpoint=_report,
+            should_stop=(work.task.folder / STOP).exists,
+        )
 
 
 def _report(place: Path) -> None:
@@ -97,8 +76,8 @@ class Exporter:
     """The training metrics, as Ray exports them."""
 
     def __init__(self) -> None:
-        self._gauges = {name: _declared(Gauge, name) for name in (*GAUGES, *MEMORY)}
-        self._tokens, self._data_wait_s, self._events = (_declared(Counter, name) for name in COUNTERS)
+        self._gauges = {name: declared(Gauge, name) for name in (*GAUGES, *MEMORY)}
+        self._tokens, self._data_wait_s, self._events = (declared(Counter, name) for name in COUNTERS)
 
     @contextmanager
     def of(self, task: TrainTask) -> Iterator[Callable[[StepFigures], None]]:
@@ -139,6 +118,7 @@ class Exporter:
                 export()
 
 
-def _declared(kind: Any, name: str) -> Any:
+def declared(kind: Any, name: str) -> Any:
+    """A metric of the project's table, as this kind of Ray's."""
     metric = METRICS[name]
     return kind(name.removesuffix("_total"), description=metric.help, tag_keys=metric.tags)

@@ -18,7 +18,6 @@ class Choice:
     """One answer as it grows."""
 
     index: int
-    num_prompt_tokens: int
     text: str = ""
     num_tokens: int = 0
     finish_reason: str | None = None
@@ -32,17 +31,41 @@ class Choice:
         self.finish_reason = chunk.finish_reason or self.finish_reason
 
 
-def usage(choices: Sequence[Choice]) -> dict[str, int]:
-    """Tokens in and out, of all choices."""
-    tokens_in = sum(c.num_prompt_tokens for c in choices)
-    tokens_out = sum(c.num_tokens for c in choices)
+class Choices:
+    """All answers to the prompts of a body, which come one prompt after another; of some strategies several to each."""
+
+    def __init__(self, num_prompt_tokens: Sequence[int]) -> None:
+        self.num_prompt_tokens = sum(num_prompt_tokens)
+        self._first = {0: 0}  # by prompt: OpenAI's index of its first choice
+        self._found: dict[int, Choice] = {}
+
+    def find(self, prompt: int, index: int) -> tuple[Choice, bool]:
+        """The choice of that index among those of its prompt, and whether it is new."""
+        first = self._first.setdefault(prompt, len(self._found))
+        is_new = first + index not in self._found
+        return self._found.setdefault(first + index, Choice(first + index)), is_new
+
+    @property
+    def listed(self) -> list[Choice]:
+        """In OpenAI's order."""
+        return [self._found[index] for index in sorted(self._found)]
+
+    @property
+    def num_tokens(self) -> int:
+        """Generated tokens, of all choices."""
+        return sum(choice.num_tokens for choice in self._found.values())
+
+
+def usage(choices: Choices) -> dict[str, int]:
+    """Tokens in, once for each prompt, and out, of all choices."""
+    tokens_in, tokens_out = choices.num_prompt_tokens, choices.num_tokens
     return {"prompt_tokens": tokens_in, "completion_tokens": tokens_out, "total_tokens": tokens_in + tokens_out}
 
 
 def ledger_json(ledger: Ledger) -> dict[str, Any]:
     """The field `ulm`."""
     budget = ledger.budget.model_dump(exclude_none=True)
-    calls = [asdict(call) for call in ledger.calls]
+    calls = [{**asdict(call), "weight": round(call.weight, 6)} for call in ledger.calls]
     return {"strategy": ledger.strategy, "calls": calls, "budget": budget, "degraded": ledger.degraded}
 
 
@@ -57,9 +80,9 @@ class Shape(ABC):
         self._tokenizer, self._wants_logprobs = tokenizer, wants_logprobs
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def whole(self, choices: Sequence[Choice], ledger: Ledger) -> dict[str, Any]:
+    def whole(self, choices: Choices, ledger: Ledger) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
-        listed = [self._choice(choice) for choice in choices]
+        listed = [self._choice(choice) for choice in choices.listed]
         return {
             **self._head,
             "object": self.object_name,
@@ -68,23 +91,23 @@ class Shape(ABC):
             "ulm": ledger_json(ledger),
         }
 
-    def piece(self, index: int, chunk: TokenChunk, before: Choice) -> dict[str, Any]:
+    def piece(self, chunk: TokenChunk, before: Choice) -> dict[str, Any]:
         """A streamed chunk; `before` is the choice without it."""
-        return {**self._head, "object": self.chunk_name, "choices": [self._delta(index, chunk, before)]}
+        return {**self._head, "object": self.chunk_name, "choices": [self._delta(chunk, before)]}
 
-    def tail(self, choices: Sequence[Choice]) -> dict[str, Any]:
+    def tail(self, choices: Choices) -> dict[str, Any]:
         """The usage chunk that ends a stream on request."""
         return {**self._head, "object": self.chunk_name, "choices": [], "usage": usage(choices)}
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """A chunk before the first token, where the shape has one."""
+        """A chunk before a choice's first token, where the shape has one."""
         return None
 
     @abstractmethod
     def _choice(self, choice: Choice) -> dict[str, Any]: ...
 
     @abstractmethod
-    def _delta(self, index: int, chunk: TokenChunk, before: Choice) -> dict[str, Any]: ...
+    def _delta(self, chunk: TokenChunk, before: Choice) -> dict[str, Any]: ...
 
     def _token(self, token: int) -> str:
         return self._tokenizer.decode([token])
@@ -105,10 +128,10 @@ class CompletionShape(Shape):
             "finish_reason": choice.finish_reason,
         }
 
-    def _delta(self, index: int, chunk: TokenChunk, before: Choice) -> dict[str, Any]:
+    def _delta(self, chunk: TokenChunk, before: Choice) -> dict[str, Any]:
         offset = sum(len(self._token(entry.token)) for entry in before.logprobs)
         logprobs = self._logprobs(chunk.logprobs, offset)
-        return {"index": index, "text": chunk.text, "logprobs": logprobs, "finish_reason": chunk.finish_reason}
+        return {"index": before.index, "text": chunk.text, "logprobs": logprobs, "finish_reason": chunk.finish_reason}
 
     def _logprobs(self, entries: Sequence[TokenLogprob], offset: int) -> dict[str, Any] | None:
         if not self._wants_logprobs:
@@ -146,10 +169,10 @@ class ChatShape(Shape):
         logprobs = self._logprobs(choice.logprobs)
         return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
-    def _delta(self, index: int, chunk: TokenChunk, before: Choice) -> dict[str, Any]:
+    def _delta(self, chunk: TokenChunk, before: Choice) -> dict[str, Any]:
         delta = {"content": chunk.text} if chunk.text or not chunk.finish_reason else {}
         logprobs = self._logprobs(chunk.logprobs)
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": chunk.finish_reason}
+        return {"index": before.index, "delta": delta, "logprobs": logprobs, "finish_reason": chunk.finish_reason}
 
     def _logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if not self._wants_logprobs:

@@ -9,7 +9,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -17,9 +17,10 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
-from serve.api.answers import ChatShape, Choice, CompletionShape, Shape, ledger_json
+from serve.api.answers import ChatShape, Choices, CompletionShape, Shape, ledger_json
 from serve.api.refusals import BoundedBody, error_body, handle_errors
 from serve.api.schema import ChatBody, CompletionBody, GenerationBody
+from serve.api.spent import Record, record_ledger
 from serve.catalog import Catalog, Model
 from serve.contracts import GenerateRequest, Ledger, TokenChunk
 from ulm.errors import RequestError
@@ -28,7 +29,6 @@ from ulm.models.sampling import MAX_SEED, Sampling
 from ulm.tokenizers.chat import CHAT_STOP
 
 LONG_PROMPTS = 4_000  # characters or tokens; fewer take less time than another thread
-Record = Callable[[str, float, Mapping[str, str]], None]  # metric, value, tags
 
 
 class Answering:
@@ -61,14 +61,13 @@ class Answering:
             events = self._events(body, shape, requests, first, answer, tags, started_s)
             headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-        choices = [Choice(i, len(r.tokens)) for i, r in enumerate(requests)]
-        ledger = Ledger(model.kind)
+        choices, ledger = Choices([len(request.tokens) for request in requests]), Ledger(model.kind)
         try:
-            async for index, item in _chain(first, answer):
+            async for prompt, item in _chain(first, answer):
                 if isinstance(item, Ledger):
                     ledger = _joined(ledger, item)
                 else:
-                    choices[index].add(item)
+                    choices.find(prompt, item.index)[0].add(item)
         except BaseException as error:  # cancellation, too: the client has left
             self._count(tags, "failed" if isinstance(error, Exception) else "cancelled", started_s)
             raise
@@ -127,26 +126,28 @@ class Answering:
         tags: dict[str, str],
         started_s: float,
     ) -> AsyncIterator[str]:
-        choices = [Choice(i, len(r.tokens)) for i, r in enumerate(requests)]
+        choices = Choices([len(request.tokens) for request in requests])
         ledger, held, outcome = Ledger(tags["strategy"]), None, "cancelled"
         chained = _chain(first, answer)
         try:
-            for choice in choices:
-                if (opening := shape.opening(choice.index)) is not None:
-                    yield _event(opening)
-            async for index, item in chained:
+            async for prompt, item in chained:
                 if isinstance(item, Ledger):
                     ledger = _joined(ledger, item)
-                    if held is not None and index == len(choices) - 1 and not body.include_usage:
+                    if held is not None and prompt == len(requests) - 1 and not body.include_usage:
                         held = {**held, "ulm": ledger_json(ledger)}
                     if held is not None:
                         yield _event(held)
                     held = None
                     continue
-                piece = shape.piece(index, item, choices[index])
-                choices[index].add(item)
+                choice, is_new = choices.find(prompt, item.index)
+                if is_new and (opening := shape.opening(choice.index)) is not None:
+                    yield _event(opening)
+                piece = shape.piece(item, choice)
+                choice.add(item)
                 if item.finish_reason is not None:
-                    held = piece  # the ledger, which follows, may belong on it
+                    if held is not None:
+                        yield _event(held)
+                    held = piece  # the ledger, which follows the last one, may belong on it
                 elif item.text or item.logprobs:
                     yield _event(piece)
             if body.include_usage:
@@ -165,18 +166,17 @@ class Answering:
         self._record("ulm_request_seconds", time.monotonic() - started_s, tags)
 
     def _finish(
-        self, tags: dict[str, str], choices: list[Choice], ledger: Ledger, started_s: float, outcome: str = "ok"
+        self, tags: dict[str, str], choices: Choices, ledger: Ledger, started_s: float, outcome: str = "ok"
     ) -> None:
         self._count(tags, outcome, started_s)
         model = {"model": tags["model"]}
-        self._record("ulm_tokens_total", sum(c.num_prompt_tokens for c in choices), {**model, "kind": "prompt"})
-        generated = sum(c.num_tokens for c in choices)
+        self._record("ulm_tokens_total", choices.num_prompt_tokens, {**model, "kind": "prompt"})
+        generated = choices.num_tokens
         self._record("ulm_tokens_total", generated, {**model, "kind": "generated"})
         if generated:
             rate = generated / max(1e-9, time.monotonic() - started_s)
             self._record("ulm_generated_tokens_per_second", rate, model)
-        for call in ledger.calls:
-            self._record("ulm_member_weight", call.weight, {"member": call.member})
+        record_ledger(self._record, ledger)
 
 
 async def _chain(
@@ -235,7 +235,8 @@ def build_app(
     @app.get("/readyz", response_model=None)
     async def readyz() -> JSONResponse:
         engines = {id(m.engine): m.engine for m in catalog.members.values()}
-        loaded = {name for engine in engines.values() for name in await engine.members()}
+        found = await asyncio.gather(*(engine.members() for engine in engines.values()), return_exceptions=True)
+        loaded = {name for members in found if not isinstance(members, BaseException) for name in members}
         lacking = sorted(set(catalog.members) - loaded)
         status = {"status": "ready"} if not lacking else {"status": "not ready", "missing": lacking}
         return JSONResponse(status, 503 if lacking else 200)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -10,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ulm.errors import RequestError, UnsupportedError
+from ulm.errors import OverloadedError, RequestError, UnsupportedError
 
 MAX_BODY_BYTES = 4 << 20
 
@@ -46,7 +47,8 @@ def handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestError)
     async def refused(_: Request, error: RequestError) -> JSONResponse:
-        return JSONResponse(error_body(str(error), error.type, error.param, error.code), error.status)
+        headers = {"Retry-After": str(math.ceil(error.retry_after_s))} if isinstance(error, OverloadedError) else None
+        return JSONResponse(error_body(str(error), error.type, error.param, error.code), error.status, headers)
 
     @app.exception_handler(UnsupportedError)
     async def unsupported(_: Request, error: UnsupportedError) -> JSONResponse:

@@ -15,6 +15,7 @@ from ulm.recipes.serve import Budget
 
 MAX_TOP_LOGPROBS = 20
 MAX_PROMPTS = 64
+MAX_MEMBERS = 64
 
 
 def _valid_unicode(text: str) -> str:
@@ -37,15 +38,24 @@ class Body(BaseModel):
 
 
 class UlmOptions(Body):
-    """Our own field `ulm`: what this request may spend, and the strategy's parameters."""
+    """Our own field `ulm`: what this request may spend, and parameters for a strategy that has them."""
 
     budget: Budget | None = None
     top_k: int | None = Field(None, ge=1)
     every_tokens: int | None = Field(None, ge=1)
+    margin: float | None = Field(None, ge=0, le=1)
+    by: Literal["clusterer", "likelihood", "product"] | None = None
+    members: tuple[str, ...] | None = Field(None, min_length=1, max_length=MAX_MEMBERS)
 
-    def strategy_options(self) -> dict[str, int]:
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        if self.members is not None and len(set(self.members)) < len(self.members):
+            raise ValueError("members names one twice")
+        return self
+
+    def strategy_options(self) -> dict[str, Any]:
         """The parameters that were given."""
-        return {k: v for k in ("top_k", "every_tokens") if (v := getattr(self, k)) is not None}
+        return self.model_dump(exclude={"budget"}, exclude_none=True)
 
 
 class StreamOptions(Body):

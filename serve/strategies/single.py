@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from contextlib import aclosing
-from dataclasses import replace
 
 from serve.contracts import GenerateRequest, Ledger, Member, SwarmContext, TokenChunk
-from serve.strategies._ensemble import accounted, within
+from serve.strategies._account import Account
+from serve.strategies._windows import Drive, choices, in_order
 from ulm.recipes.serve import Budget
 from ulm.registry import KindConfig, register
 
@@ -20,7 +19,7 @@ class Config(KindConfig):
 
 @register("strategy", Config)
 class Single:
-    """Passes the request to its member."""
+    """Passes the request to its member; where that is down, to those of the operator's fallback."""
 
     def __init__(self, config: Config) -> None:
         self.member = config.member
@@ -29,14 +28,9 @@ class Single:
         """What this strategy lacks here, or None."""
         return None if (self.member or next(iter(members), None)) in members else f"the member {self.member!r}"
 
-    async def answer(
+    def answer(
         self, request: GenerateRequest, members: Mapping[str, Member], context: SwarmContext, budget: Budget
     ) -> AsyncIterator[TokenChunk | Ledger]:
         """Chunks of the answer, the Ledger last."""
-        member = members[self.member or next(iter(members))]
-        ledger = Ledger("single", budget=budget)
-        request = within(replace(request, weights={member.id: 1.0}), budget, 1, ledger)
-        async with aclosing(accounted(member.engine.generate(request), ledger)) as reported:  # type: ignore[type-var]
-            async for chunk in reported:
-                yield chunk
-        yield ledger
+        choose = in_order([self.member or next(iter(members))])
+        return choices(Drive(request, members, context, Account("single", budget), choose))

@@ -20,7 +20,7 @@ import pytest
 from pipelines.train import events, folder, job
 from pipelines.train.figures import read
 from pipelines.train.loop import train
-from pipelines.train.task import Stage, TrainTask, resolve
+from pipelines.train.task import TrainTask, resolve
 from tests.changed_task import changed
 from tests.process_group import train_by
 from tests.processes import ended, interrupt, nothing_is_left, rank_0_of, start, training_workers, wait_for
@@ -205,7 +205,7 @@ def test_workers_lost_again_and_again_without_a_new_checkpoint_end_the_run(task,
     monkeypatch.setattr(job, "_fit_once", lose)
     monkeypatch.setattr(job, "_room", lambda counts, resources: job._Room(1, 1.0, 0.0))
     with pytest.raises(TrainingError, match="fragile: a worker failed, running it again resumes it: worker 0 of fragi"):
-        job._fit((Stage((fragile,)),), "fragile", range(1, 2), Resources(max_restarts=2))
+        job._fit(fragile, range(1, 2), Resources(max_restarts=2))
     assert groups == [0, 0, 10, 10, 20, 20, 20]
 
 

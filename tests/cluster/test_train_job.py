@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from pipelines.train import job
 from pipelines.train.figures import read
 from pipelines.train.loop import train
 from pipelines.train.stopping import request_stop
-from pipelines.train.task import Stage, TrainTask, resolve
+from pipelines.train.task import TrainTask, resolve
 from tests.changed_task import changed
 from tests.processes import training_workers
 from tests.written_corpus import written_corpus
@@ -94,35 +93,6 @@ def test_stopped_with_one_worker_and_resumed_with_two_the_same_batches_follow(ra
     started = time.monotonic()
     assert job.run_task(parts, workers=1) == line
     assert time.monotonic() - started < 1, "a finished run answers without starting workers"
-
-
-def test_one_group_of_workers_trains_a_seed_together_and_its_branches_side_by_side(ray_cluster, task, tmp_path):
-    np.save(tmp_path / "cluster.npy", np.arange(30))
-    seed = task("seed", num_steps=3)
-    branches = [
-        task(name, seed=number, init_from=store.step_folder(seed.folder, 3), num_steps=4 - number, documents=documents)
-        for number, (name, documents) in enumerate([("x", None), ("y", tmp_path / "cluster.npy"), ("z", None)])
-    ]
-    stages = [Stage((seed,)), Stage(tuple(branches), side_by_side=True)]
-    seen: dict[str, list[int]] = {}
-    lines = job.run_stages(
-        stages,
-        name="swarm",
-        workers=2,
-        resources=ONE_CPU,
-        on_progress=lambda run, step, of, _: seen.setdefault(run, []).append(step),
-    )
-    assert [(line["run"], line["step"]) for line in lines] == [("seed", 3), ("x", 4), ("y", 3), ("z", 2)]
-    assert seen == {"seed": [1, 2, 3], "x": [1, 2, 3, 4], "y": [1, 2, 3], "z": [1, 2]}
-    for branch in branches:
-        alone = replace(branch, run="alone", folder=branch.folder.with_name(f"alone-{branch.run}"))
-        train(alone)
-        assert figures(alone, "loss") == figures(branch, "loss"), "Ray changes not one bit"
-        assert weights(alone) == weights(branch)
-        assert read_manifest(Path(lines[0]["checkpoint"])).digest == (
-            read_manifest(branch.folder / f"step-{branch.num_steps:08d}").init_from
-        )
-    assert len({figures(branch, "batch_digest")[0] for branch in branches}) == 3
 
 
 def test_while_it_trains_its_metrics_are_exported_and_a_request_to_stop_saves(ray_cluster, task):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import time
@@ -14,12 +15,14 @@ import openai
 import pytest
 
 import ulm
-from ulm.errors import ClusterError
+from serve.contracts import GenerateRequest
+from ulm.errors import ClusterError, MemberDownError, RequestError
 from ulm.recipes import ServeRecipe
 from ulm.recipes.base import validate
 from ulm.swarm.manifest import Swarm
 
 METRICS_TIMEOUT_S = 30.0
+FAILED_S = 3.0  # less than any patience: what has failed is said, not waited for
 
 
 def free_port() -> int:
@@ -136,3 +139,46 @@ def test_a_port_in_use_is_an_error_with_a_remedy() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ClusterError, match=f"port {port} of 127.0.0.1 cannot be used.*--set port={port + 1}"):
             app.check_port("127.0.0.1", port)
+
+
+def test_an_engine_whose_process_dies_fails_its_calls_at_once_and_cancelled_calls_end_there(
+    served: dict[str, Any], swarm: Swarm
+) -> None:
+    import ray
+    from ray import serve as ray_serve
+
+    from serve.member import EngineReplica, RemoteEngine
+
+    slow = EngineReplica.options(name="slow", ray_actor_options={"num_cpus": 0.5})  # type: ignore[attr-defined]
+    bound = slow.bind({"kind": "echo", "delay_ms": 50}, {"e00": str(swarm.checkpoint("e00"))})
+    engine = RemoteEngine(ray_serve.run(bound, name="slow", route_prefix=None))
+    asked = GenerateRequest((1, 2, 3), {"e00": 1.0}, 80)
+
+    async def body() -> None:
+        leaving = [asyncio.create_task(engine._call("generate_whole", asked)) for _ in range(3)]
+        stream = engine.generate(asked)
+        assert (await anext(stream)).tokens == (1,)
+        assert (await engine.stats())["running"] == 4
+        for task in leaving:
+            task.cancel()
+        await asyncio.gather(*leaving, return_exceptions=True)
+        async with asyncio.timeout(FAILED_S):
+            while (await engine.stats())["running"] > 1:
+                await asyncio.sleep(0.05)
+        with pytest.raises(RequestError, match="there is no token 9999"):
+            await engine.score("e00", (1, 9999))
+        (replica,) = [name for name in ray.util.list_named_actors(all_namespaces=True) if "#slow#" in name["name"]]
+        whole = asyncio.create_task(engine._call("generate_whole", asked))
+        await asyncio.sleep(0.2)
+        ray.kill(ray.get_actor(**replica))
+        async with asyncio.timeout(FAILED_S):
+            with pytest.raises(MemberDownError, match="slow is not there"):
+                async for _ in stream:
+                    pass
+            with pytest.raises(MemberDownError, match="slow is not there"):
+                await whole
+
+    try:
+        asyncio.run(body())
+    finally:
+        ray_serve.delete("slow")

@@ -11,14 +11,13 @@ import pytest
 import torch
 
 import ulm
-from serve.contracts import GenerateRequest, RouterWeights, TokenChunk
+from serve.contracts import GenerateRequest, TokenChunk
 from tests.engine import equal_up_to_ties
-from ulm.errors import ContextLengthError, ModelNotFoundError, RequestError
+from ulm.errors import ContextLengthError, ModelNotFoundError
 from ulm.models.generate import Generated, prompt_tokens
 from ulm.models.sampling import Sampling, choose
 from ulm.swarm.manifest import Swarm
 from ulm.swarm.mixture import mix_logprobs
-from ulm.swarm.router import top_k
 
 PROMPTS = ["def __init__(self", "The following", "Return the", "", "import ", "A class", "x = [", "Parameters"]
 FP32_BATCHING = 2e-5  # float32 sums in another order
@@ -91,17 +90,14 @@ def test_a_stop_string_across_token_borders_is_cut_off(swarm: Swarm, with_engine
     assert (text, tokens, last.finish_reason) == (oracle.text, oracle.tokens, "stop")
 
 
-def naive_mixture(swarm: Swarm, weights_of: Callable[[str], dict[str, float]], prompt: str, every: int) -> list[int]:
+def naive_mixture(swarm: Swarm, weights: dict[str, float], prompt: str) -> list[int]:
     """Greedy tokens of a mixture by whole forward passes, one token at a time."""
-    loaded = {m: load(swarm, m) for m in ("e00", "e01", "e02")}
+    loaded = {m: load(swarm, m) for m in weights}
     tokenizer = loaded["e00"][1]
     tokens, start = prompt_tokens(tokenizer, prompt), len(prompt_tokens(tokenizer, prompt))
-    weights: dict[str, float] = {}
     for index in range(24):
-        if index % every == 0:
-            weights = weights_of(tokenizer.decode(tokens))
         with torch.no_grad():
-            rows = [loaded[m][0](torch.tensor([tokens]))[0, -1].log_softmax(-1) for m in weights]
+            rows = [model(torch.tensor([tokens]))[0, -1].log_softmax(-1) for model, _ in loaded.values()]
         token = choose(mix_logprobs(torch.stack(rows), torch.tensor(list(weights.values()))), Sampling(), index)
         if token == tokenizer.eot_id:
             break
@@ -116,9 +112,8 @@ def test_a_mixture_equals_the_sum_of_probabilities(swarm: Swarm, with_engine: Ca
     async def body(engine: Any) -> Any:
         return await collect(engine, request(tokenizer, "The value", weights))
 
-    _, tokens, _, last = with_engine(body)
-    assert tokens == naive_mixture(swarm, lambda _: weights, "The value", every=1_000)
-    assert {call.member: round(call.weight, 6) for call in last.calls} == weights
+    _, tokens, _, _ = with_engine(body)
+    assert tokens == naive_mixture(swarm, weights, "The value")
 
 
 def test_a_mixture_with_weight_one_equals_that_expert(swarm: Swarm, with_engine: Callable[..., Any]) -> None:
@@ -131,23 +126,6 @@ def test_a_mixture_with_weight_one_equals_that_expert(swarm: Swarm, with_engine:
 
     single, mixed = with_engine(body)
     assert single[:3] == mixed[:3]
-
-
-def test_a_routed_answer_equals_the_naive_one_with_reweighing(swarm: Swarm, with_engine: Callable[..., Any]) -> None:
-    tokenizer, router, path = load(swarm, "e00")[1], swarm.router(), str(swarm.router_folder())
-    assert router is not None
-    asked = RouterWeights(path, ("e00", "e01", "e02"), top_k=2, every_tokens=4)
-
-    def weights_of(text: str) -> dict[str, float]:
-        w_N = top_k(router.weights(text), 2)
-        return {m: float(w) for m, w in zip(asked.members, w_N, strict=True) if w > 0}
-
-    async def body(engine: Any) -> Any:
-        return [await collect(engine, request(tokenizer, p, asked)) for p in PROMPTS[:4]]
-
-    for prompt, (_, tokens, _, last) in zip(PROMPTS, with_engine(body), strict=False):
-        assert tokens == naive_mixture(swarm, weights_of, prompt, every=4)
-        assert len(last.calls) >= 2
 
 
 def test_rows_are_freed_when_a_client_leaves(swarm: Swarm, with_engine: Callable[..., Any]) -> None:
@@ -164,19 +142,6 @@ def test_rows_are_freed_when_a_client_leaves(swarm: Swarm, with_engine: Callable
         return None
 
     assert with_engine(body, max_answers=1) is not None
-
-
-def test_the_failure_of_one_answer_is_its_own(swarm: Swarm, with_engine: Callable[..., Any]) -> None:
-    tokenizer = load(swarm, "e00")[1]
-    broken = RouterWeights(str(swarm.router_folder()), ("e00", "e01"), top_k=2)  # the router weighs three
-
-    async def body(engine: Any) -> Any:
-        fine = asyncio.create_task(collect(engine, request(tokenizer, "The", {"e00": 1.0})))
-        with pytest.raises(RequestError, match="weighs 3 members, and 2 are named"):
-            await collect(engine, request(tokenizer, "The", broken))
-        return await fine
-
-    assert with_engine(body)[1] == ulm.generate(*load(swarm, "e00"), "The", max_tokens=24).tokens
 
 
 def test_score_equals_the_models_own_logprobs(swarm: Swarm, with_engine: Callable[..., Any]) -> None:
@@ -244,4 +209,4 @@ def test_a_deadline_ends_an_answer_with_what_there_is(swarm: Swarm, with_engine:
         return await collect(engine, request(tokenizer, "The", {"e00": 1.0}, max_tokens=80, deadline_s=0.0))
 
     _, tokens, _, last = with_engine(body)
-    assert len(tokens) < 80 and last.degraded == "budget.max_ms reached"
+    assert len(tokens) < 80 and last.degraded == "ended by its deadline"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -13,22 +13,26 @@ from fastapi.testclient import TestClient
 import ulm
 from serve.api.openai import build_app
 from serve.catalog import Catalog
-from serve.contracts import Member, SwarmContext
+from serve.contracts import Engine, GenerateRequest, Member, SwarmContext, TokenChunk
+from serve.engines.echo import Config as EchoConfig
+from serve.engines.echo import EchoEngine
 from serve.engines.local.engine import Config, LocalEngine
-from ulm.recipes.serve import Budget
-from ulm.swarm.manifest import Swarm
+from ulm import registry
+from ulm.errors import MemberDownError
+from ulm.recipes.serve import Budget, Limits
+from ulm.swarm.manifest import SEED, Swarm
 
 Records = list[tuple[str, float, Mapping[str, str]]]
 
 
-def catalog_of(swarm: Swarm, engines: Mapping[str, LocalEngine], budget: Budget | None = None) -> Catalog:
+def catalog_of(swarm: Swarm, engines: Mapping[str, Engine], **more: Any) -> Catalog:
     members = {}
     for name, entry in swarm.members.items():
         model, tokenizer = ulm.load(swarm.checkpoint(name))
         context = model.spec.context_tokens
         members[name] = Member(name, engines[name], tokenizer, context, entry.cluster, entry.domain)
-    context = SwarmContext(swarm.router(), str(swarm.router_folder()))
-    return Catalog(members, context, swarm.manifest.strategy, budget or Budget())
+    context = SwarmContext(swarm.router(), fallback=("seed",))
+    return Catalog(members, context, swarm.manifest.strategy, Budget(), **more)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +79,8 @@ def test_models_lists_members_and_strategies_with_openais_fields(client: TestCli
     listed = client.get("/v1/models").json()
     names = [card["id"] for card in listed["data"]]
     assert names[0] == "swarm"
-    assert set(names) == {"swarm", "swarm/mixture", "swarm/route", "swarm/single", "e00", "e01", "e02", "seed"}
+    strategies = {f"swarm/{kind}" for kind in registry.kinds("strategy")}
+    assert set(names) == {"swarm", *strategies, "e00", "e01", "e02", "seed"}
     assert listed["data"][0] == {"id": "swarm", "object": "model", "created": 1_700_000_000, "owned_by": "ulm"}
     assert client.get("/v1/models/swarm/route").json()["id"] == "swarm/route"
 
@@ -258,3 +263,169 @@ def test_health_readiness_and_metrics(client: TestClient) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
     assert client.get("/readyz").json() == {"status": "ready"}
     assert "ray_ulm_requests_total" in client.get("/metrics").text
+
+
+# ---- several choices, options, members that are down; with echoes in the members' place
+
+
+class Down(EchoEngine):
+    """An engine whose process is gone, from the n-th token of an answer on."""
+
+    num_tokens = 0
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
+        """So many tokens, if any; of an answer in one piece none."""
+        left = self.num_tokens if request.stream else 0
+        async for chunk in super().generate(request):
+            if not left:
+                raise MemberDownError("engine-0 is not there")
+            left -= 1
+            yield chunk
+
+    async def members(self) -> Any:
+        """Not even that."""
+        raise MemberDownError("engine-0 is not there")
+
+
+def echoes(swarm: Swarm, kind: type[EchoEngine] = EchoEngine, members: tuple[str, ...] = ()) -> dict[str, Engine]:
+    """An echo engine for these members, and another for the others."""
+    found: dict[str, Engine] = {}
+    for cls, names in ((kind, members), (EchoEngine, tuple(m for m in swarm.members if m not in members))):
+        made = cls(EchoConfig(kind="echo"))
+        for name in names:
+            asyncio.run(made.load(name, str(swarm.checkpoint(name))))
+        found |= dict.fromkeys(names, made)
+    return found
+
+
+def client_of(catalog: Catalog, records: Records | None = None) -> TestClient:
+    async def metrics() -> str:
+        return ""
+
+    seen: Records = [] if records is None else records
+    return TestClient(build_app(catalog, lambda *record: seen.append(record), metrics), raise_server_exceptions=False)
+
+
+def test_a_broadcast_gives_one_choice_a_member_and_a_prompt_whole_and_streamed(client: TestClient) -> None:
+    body = {"model": "swarm/broadcast", "prompt": ["The", "def f"], "logprobs": 1, "ulm": {"members": ["e01", "e02"]}}
+    whole = complete(client, **body)
+    asked = [{"prompt": prompt, "model": member} for prompt in body["prompt"] for member in ("e01", "e02")]
+    singles = [complete(client, logprobs=1, **one) for one in asked]
+    assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2, 3]
+    assert [choice["text"] for choice in whole["choices"]] == [one["choices"][0]["text"] for one in singles]
+    num_prompt, num_out = ([one["usage"][name] for one in singles] for name in ("prompt_tokens", "completion_tokens"))
+    assert whole["usage"]["prompt_tokens"] == num_prompt[0] + num_prompt[2], "each prompt once"
+    assert whole["usage"]["completion_tokens"] == sum(num_out)
+    pieces = events(client, "/v1/completions", {"max_tokens": 12, "temperature": 0, **body})
+    for choice in whole["choices"]:
+        mine = [p["choices"][0] for p in pieces if p["choices"][0]["index"] == choice["index"]]
+        assert "".join(p["text"] for p in mine) == choice["text"]
+        assert [x for p in mine for x in p["logprobs"]["text_offset"]] == choice["logprobs"]["text_offset"]
+        assert [p["finish_reason"] for p in mine if p["finish_reason"]] == [choice["finish_reason"]]
+    assert ["ulm" in piece for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+def test_each_choice_of_a_streamed_chat_opens_with_its_role(client: TestClient) -> None:
+    body = {"model": "swarm/broadcast", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+    pieces = events(client, "/v1/chat/completions", {**body, "stream_options": {"include_usage": True}})
+    opened: set[int] = set()
+    for piece in pieces[:-1]:
+        (choice,) = piece["choices"]
+        assert ("role" in choice["delta"]) == (choice["index"] not in opened)
+        opened.add(choice["index"])
+    assert opened == {0, 1, 2, 3} and pieces[-1]["usage"]["completion_tokens"] > 4
+    assert pieces[-1]["ulm"]["strategy"] == "broadcast"
+
+
+OPTIONS = [
+    ("swarm/route", {"every_tokens": 2, "margin": 1.0, "top_k": 2, "by": "likelihood"}, None),
+    ("swarm/mixture", {"by": "product", "top_k": 2}, None),
+    ("swarm/fallback", {"members": ["e02", "e00"]}, None),
+    ("swarm/mixture", {"margin": 0.5}, "margin: unknown key"),
+    ("e00", {"members": ["e01"]}, "members: unknown key"),
+    ("swarm/broadcast", {"members": ["e01", "e09"]}, "ulm: these options need the member 'e09'"),
+    ("swarm/broadcast", {"members": ["e01", "e01"]}, "members names one twice"),
+    ("swarm/mixture", {"by": "magic"}, "ulm"),
+    ("swarm/mixture", {"top_k": 3}, "ulm.top_k: 3 is beyond this endpoint's limit, which is 2"),
+    ("swarm/route", {"every_tokens": 1}, "ulm.every_tokens: 1 is beyond this endpoint's limit, which is 2"),
+]
+
+
+@pytest.mark.parametrize(("model", "options", "problem"), OPTIONS)
+def test_options_are_the_strategys_within_the_operators_limits(
+    swarm: Swarm, model: str, options: dict[str, Any], problem: str | None
+) -> None:
+    catalog = catalog_of(swarm, echoes(swarm), limits=Limits(max_top_k=2, min_every_tokens=2))
+    body = {"model": model, "prompt": "The value of", "max_tokens": 6, "ulm": options}
+    response = client_of(catalog).post("/v1/completions", json=body)
+    if problem is None:
+        assert response.status_code == 200, response.text
+        assert set(response.json()["ulm"]["calls"][0]) >= {"member", "tokens_in", "tokens_out", "ms", "weight", "why"}
+    else:
+        assert response.status_code == 400 and problem in response.json()["error"]["message"], response.text
+        assert response.json()["error"]["param"].startswith("ulm")
+
+
+def test_a_strategys_defaults_keep_to_the_limits(swarm: Swarm) -> None:
+    catalog = catalog_of(swarm, echoes(swarm), limits=Limits(max_top_k=2, min_every_tokens=100))
+    assert catalog.model("swarm/route").strategy.config.every_tokens == 100  # type: ignore[attr-defined]
+    assert catalog.model("swarm/mixture").strategy.config.top_k == 2  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("num_tokens", [0, 3])
+@pytest.mark.parametrize("stream", [False, True])
+def test_where_a_member_is_down_another_goes_on_and_the_ledger_and_the_metrics_say_so(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch, num_tokens: int, stream: bool
+) -> None:
+    monkeypatch.setattr(Down, "num_tokens", num_tokens)
+    records: Records = []
+    client = client_of(catalog_of(swarm, echoes(swarm, Down, ("e01",))), records)
+    body = {"model": "swarm/fallback", "prompt": "one two three ", "max_tokens": 9}
+    options = {"members": ["e01", "e02"]}
+    if stream:
+        pieces = events(client, "/v1/completions", {**body, "ulm": options})
+        text, ledger = "".join(piece["choices"][0]["text"] for piece in pieces), pieces[-1]["ulm"]
+    else:
+        answer = complete(client, **body, ulm=options)
+        text, ledger = answer["choices"][0]["text"], answer["ulm"]
+    alone = complete(client_of(catalog_of(swarm, echoes(swarm))), **{**body, "model": "e02"})
+    assert text == alone["choices"][0]["text"]
+    in_stream = num_tokens if stream else 0  # in one piece, what it had said is lost with it
+    assert [(c["member"], c["tokens_out"]) for c in ledger["calls"]] == [("e01", in_stream), ("e02", 9 - in_stream)]
+    assert ledger["degraded"] == ["e01 failed: engine-0 is not there"]
+    counted = {(name, *tags.values()): value for name, value, tags in records if name.startswith("ulm_swarm_")}
+    assert counted == {
+        ("ulm_swarm_calls_total", "fallback", "e01", "asked"): 1,
+        ("ulm_swarm_calls_total", "fallback", "e02", "fallback"): 1,
+        ("ulm_swarm_call_tokens_total", "fallback", "e01"): in_stream,
+        ("ulm_swarm_call_tokens_total", "fallback", "e02"): 9 - in_stream,
+        ("ulm_swarm_degraded_total", "fallback", "member_down"): 1,
+    }
+
+
+@pytest.mark.parametrize("model", ["e00", "swarm", "swarm/route", "swarm/broadcast"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_where_nobody_is_up_the_answer_is_503_with_the_seconds_to_wait(swarm: Swarm, model: str, stream: bool) -> None:
+    client = client_of(catalog_of(swarm, echoes(swarm, Down, tuple(swarm.members))))
+    for path, prompt in (
+        ("/v1/completions", {"prompt": "The"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
+    ):
+        response = client.post(path, json={"model": model, "stream": stream, **prompt})
+        assert response.status_code == 503, response.text
+        assert 1 <= int(response.headers["retry-after"]) <= 60
+        assert response.json()["error"]["type"] == "server_error"
+
+
+def test_readiness_names_members_whose_engine_is_down(swarm: Swarm) -> None:
+    response = client_of(catalog_of(swarm, echoes(swarm, Down, ("e01", SEED)))).get("/readyz")
+    assert (response.status_code, response.json()) == (503, {"status": "not ready", "missing": ["e01", SEED]})
+
+
+def test_what_budgets_and_deadlines_cut_is_counted_by_a_word(swarm: Swarm) -> None:
+    records: Records = []
+    client = client_of(catalog_of(swarm, echoes(swarm)), records)
+    for budget in ({"max_calls": 1}, {"max_tokens": 5}, {"max_calls": 1, "max_tokens": 1}):
+        complete(client, model="swarm/mixture", max_tokens=8, ulm={"top_k": 2, "budget": budget})
+    counted = [tags for name, _, tags in records if name == "ulm_swarm_degraded_total"]
+    assert len(counted) >= 3 and all(tags == {"strategy": "mixture", "why": "budget"} for tags in counted)

@@ -28,6 +28,28 @@ def test_a_swarm_gives_members_with_clusters_router_and_strategy(swarm: Swarm, r
     assert apart.groups == (("e00", "e01", "e02"), ("seed",))
 
 
+def test_the_seed_stands_in_for_others_unless_the_recipe_names_who_does(swarm: Swarm, root: Path) -> None:
+    def fallback(**fields: object) -> tuple[str, ...]:
+        return make_plan(recipe(**fields), root=root, near=None).fallback
+
+    of_swarm = {"swarm": str(swarm.folder)}
+    of_members = {"members": {"seed": {"checkpoint": str(swarm.checkpoint("seed"))}}}
+    assert fallback(**of_swarm) == ("seed",)
+    assert fallback(**of_swarm, fallback=["e02", "e00"]) == ("e02", "e00")
+    assert fallback(**of_swarm, fallback=[]) == fallback(**of_members) == ()
+    with pytest.raises(ConfigError, match=r"fallback\.1: no member 'e20' is served \(did you mean 'e02'"):
+        fallback(**of_swarm, fallback=["e00", "e20"])
+
+
+def test_a_strategy_of_the_recipe_beyond_its_own_limits_is_refused_by_place(swarm: Swarm, root: Path) -> None:
+    fields = {"swarm": str(swarm.folder), "limits": {"max_top_k": 2, "min_every_tokens": 8}}
+    assert make_plan(recipe(**fields), root=root, near=None).limits.max_top_k == 2
+    with pytest.raises(ConfigError, match=r"strategy\.top_k: 3 is beyond the limit 2"):
+        make_plan(recipe(**fields, strategy={"kind": "mixture", "top_k": 3}), root=root, near=None)
+    with pytest.raises(ConfigError, match=r"strategy\.every_tokens: 4 is beyond the limit 8"):
+        make_plan(recipe(**fields, strategy={"kind": "route", "every_tokens": 4}), root=root, near=None)
+
+
 @pytest.mark.parametrize("damage", ["flip", "remove"])
 def test_a_damaged_member_is_named_with_its_file(swarm: Swarm, root: Path, tmp_path: Path, damage: str) -> None:
     copy = tmp_path / "copy"

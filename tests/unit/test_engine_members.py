@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,17 +35,11 @@ def ask(member: str = "a", number: int = 0, max_tokens: int = 16, **fields: Any)
     return GenerateRequest(a_prompt(number, 21), {member: 1.0}, max_tokens, num_top_logprobs=0, **fields)
 
 
-def same(one: TokenChunk, other: TokenChunk) -> bool:
-    """Whether two answers are equal but for their ledgers."""
-    return replace(one, calls=()) == replace(other, calls=())
-
-
 def nearly(one: TokenChunk, other: TokenChunk) -> bool:
     """The same, but for the last bits of logprobs."""
     logprobs = [entry.logprob for entry in other.logprobs]
-    return [entry.logprob for entry in one.logprobs] == pytest.approx(logprobs, abs=ROW_LOGPROBS) and same(
-        replace(one, logprobs=()), replace(other, logprobs=())
-    )
+    is_near = [entry.logprob for entry in one.logprobs] == pytest.approx(logprobs, abs=ROW_LOGPROBS)
+    return is_near and replace(one, logprobs=()) == replace(other, logprobs=())
 
 
 def alone(checkpoint: Path, number: int = 0, max_tokens: int = 16, **settings: Any) -> TokenChunk:
@@ -85,7 +80,7 @@ def test_reload_leaves_answers_under_way_their_weights_and_gives_new_ones_the_ne
         return TokenChunk.joined(chunks), await waiting, after, info
 
     before, waiting, after, info = with_engine({"a": old}, body)
-    equal = nearly if overrides else same
+    equal = nearly if overrides else operator.eq
     assert equal(before, alone(old, max_tokens=60))
     assert equal(waiting, alone(old, number=1))
     assert equal(after, alone(new)) and not equal(after, alone(old))
@@ -105,7 +100,7 @@ def test_reload_of_another_shape_or_tokenizer_is_refused_by_name_and_changes_not
         return await under_way, await answer(engine, ask()), await engine.members()
 
     under_way, after, members = with_engine({"a": first}, body)
-    assert same(under_way, alone(first, max_tokens=60)) and same(after, alone(first))
+    assert under_way == alone(first, max_tokens=60) and after == alone(first)
     assert members["a"].checkpoint == str(first)
 
 
@@ -155,7 +150,7 @@ def test_unload_finishes_what_is_under_way_and_then_gives_all_memory_back(
         return TokenChunk.joined(chunks), loaded, less, await engine.stats()
 
     found, loaded, less, none = with_engine({"a": checkpoint, "b": other}, body)
-    assert same(found, alone(checkpoint, max_tokens=60))
+    assert found == alone(checkpoint, max_tokens=60)
     assert 0 < less["weight_bytes"] < loaded["weight_bytes"] and loaded["kv_cache_bytes"] > 0
     for name in ("weight_bytes", "kv_cache_bytes", "kv_cache_used_bytes", "members", "running", "waiting"):
         assert none[name] == 0, name
@@ -181,7 +176,7 @@ def test_under_a_memory_limit_the_member_used_longest_ago_is_put_away_and_comes_
     found, stats = with_engine(checkpoints, body, max_weight_bytes=limit)
     assert stats["evictions"] >= 3
     for name, checkpoint in checkpoints.items():
-        assert same(found[name], alone(checkpoint)), name
+        assert found[name] == alone(checkpoint), name
 
 
 def test_a_member_that_finds_all_room_at_work_is_refused_for_now_and_a_larger_one_for_good(tmp_path: Path) -> None:
@@ -203,23 +198,23 @@ def test_a_member_that_finds_all_room_at_work_is_refused_for_now_and_a_larger_on
 
     limit = weight_bytes(first, 1)
     long, b, a = with_engine({"a": first}, body, max_weight_bytes=limit)
-    assert same(long, alone(first, max_tokens=LONG)) and same(b, alone(second)) and same(a, alone(first))
+    assert long == alone(first, max_tokens=LONG) and b == alone(second) and a == alone(first)
 
 
 def test_a_mixture_that_could_never_be_held_is_refused_and_one_that_could_is_brought_back_whole(tmp_path: Path) -> None:
     checkpoints = {name: small_member(tmp_path, seed) for seed, name in enumerate("abcd")}
-    three, two = ({m: 1.0 for m in members} for members in ("abc", "cd"))
+    three, two = (GenerateRequest((1, 2, 3), {m: 1.0 for m in members}, 4) for members in ("abc", "cd"))
 
     async def body(engine: LocalEngine) -> Any:
         with pytest.raises(UnsupportedError, match=r"member '.' together with .*: .* max_weight_bytes is"):
-            await asyncio.wait_for(answer(engine, GenerateRequest((1, 2, 3), three, 4)), 30)
-        for weights in (two, {"a": 0.5, "b": 0.5}, two):
-            found = await asyncio.wait_for(answer(engine, GenerateRequest((1, 2, 3), weights, 4)), 30)
+            await asyncio.wait_for(answer(engine, three), 30)
+        for request in (two, replace(two, weights={"a": 0.5, "b": 0.5}), two):
+            found = await asyncio.wait_for(answer(engine, request), 30)
         assert sorted(engine._members.loaded) == ["c", "d"]
         return found
 
     found = with_engine(checkpoints, body, max_weight_bytes=weight_bytes(checkpoints["a"], 2))
-    assert {call.member: call.weight for call in found.calls} == {"c": 0.5, "d": 0.5}
+    assert found == with_engine({m: checkpoints[m] for m in "cd"}, lambda engine: answer(engine, two))
 
 
 def test_a_reload_fits_where_its_old_weights_were(tmp_path: Path) -> None:
@@ -229,7 +224,7 @@ def test_a_reload_fits_where_its_old_weights_were(tmp_path: Path) -> None:
         await engine.reload("a", str(new))
         return await answer(engine, ask())
 
-    assert same(with_engine({"a": old}, body, max_weight_bytes=weight_bytes(old, 1)), alone(new))
+    assert with_engine({"a": old}, body, max_weight_bytes=weight_bytes(old, 1)) == alone(new)
 
 
 def test_members_of_two_specs_loaded_at_once_answer_at_once(tmp_path: Path) -> None:
@@ -246,7 +241,7 @@ def test_members_of_two_specs_loaded_at_once_answer_at_once(tmp_path: Path) -> N
     found, members = with_engine({}, body)
     assert sorted(members) == sorted(checkpoints)
     expected = [alone(path, number) for path in checkpoints.values() for number in (0, 1)]
-    assert all(same(*pair) for pair in zip(found[:6], expected[:6], strict=True))
+    assert list(found[:6]) == expected[:6]
     assert all(nearly(*pair) for pair in zip(found[6:], expected[6:], strict=True))
 
 
@@ -274,7 +269,7 @@ def test_a_damaged_checkpoint_is_named_and_leaves_no_trace(tmp_path: Path) -> No
         return await under_way, before["weight_bytes"], (await engine.stats())["weight_bytes"]
 
     under_way, before, after = with_engine({"a": fine}, body)
-    assert same(under_way, alone(fine, max_tokens=60)) and before == after
+    assert under_way == alone(fine, max_tokens=60) and before == after
 
 
 def test_a_load_that_nobody_waits_for_any_more_is_whole(tmp_path: Path) -> None:
@@ -286,9 +281,9 @@ def test_a_load_that_nobody_waits_for_any_more_is_whole(tmp_path: Path) -> None:
             await asyncio.sleep(delay_s)
             loading.cancel()
             await engine.load("b", str(checkpoints["b"]))
-            assert same(await answer(engine, ask("b")), expected["b"])
+            assert await answer(engine, ask("b")) == expected["b"]
             if "a" in await engine.members():
-                assert same(await answer(engine, ask("a")), expected["a"])
+                assert await answer(engine, ask("a")) == expected["a"]
                 await engine.unload("a")
             await engine.unload("b")
         return await engine.stats()
@@ -334,5 +329,5 @@ def test_more_members_than_a_stack_has_slots_are_answered_by_another(tmp_path: P
 
     found, again, stats = with_engine({}, body, kv_cache_bytes=1 << 20)
     expected = alone(first, max_tokens=4), alone(first, max_tokens=4), alone(last, max_tokens=4)
-    assert all(same(one, other) for one, other in zip(found, expected, strict=True))
-    assert same(again, expected[2]) and stats["members"] == MAX_SLOTS // 2 + 2
+    assert tuple(found) == expected
+    assert again == expected[2] and stats["members"] == MAX_SLOTS // 2 + 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -24,9 +25,11 @@ from tests.variants import spec_of
 from ulm.checkpoints import store
 from ulm.errors import ContextLengthError, OverloadedError
 from ulm.models.sampling import Sampling
+from ulm.models.text_stream import TextStream
 from ulm.tokenizers.byte import byte_tokenizer
 
 CONTEXT_TOKENS = 96
+ROW_LOGPROBS = 2e-4  # rows read together sum in another order than one by one
 SPECS: dict[str, dict[str, Any]] = {
     "full": {},
     "window": {"attention": {"kind": "sliding", "window_tokens": 20, "num_sink_tokens": 2}},
@@ -84,7 +87,6 @@ class Engine:
     def add(self, request: GenerateRequest) -> Answer:
         """Queue a request."""
         request.check()
-        assert isinstance(request.weights, dict)
         answer = Answer(request, {m: self.members[m] for m, w in request.weights.items() if w > 0})
         self.scheduler.add(answer)
         self.chunks[answer] = []
@@ -127,7 +129,7 @@ _ALONE: dict[tuple[str, GenerateRequest], list[tuple[Any, ...]]] = {}
 
 def alone(name: str, request: GenerateRequest) -> list[tuple[Any, ...]]:
     """What a request gives in an engine of its own with all the memory it could want, in steps of another size."""
-    key = name, replace(request, weights=tuple(sorted(request.weights.items())), stream=False, priority=0)  # type: ignore[arg-type,union-attr]
+    key = name, replace(request, weights=tuple(sorted(request.weights.items())), stream=False, priority=0)  # type: ignore[arg-type]
     if key not in _ALONE:
         engine = Engine(name, max_batch_tokens=CONTEXT_TOKENS)
         answer = engine.add(replace(request, stream=False))
@@ -207,6 +209,64 @@ def test_an_answer_is_the_same_in_any_company(name: str, events: Any, num_pages:
             found, expected = ([(text, tokens) for text, tokens, *_ in each] for each in (found, expected))
         assert found == expected
     assert engine.is_empty
+
+
+letters = tuple((token, 40.0) for token in range(97, 123))  # so that every token is a character
+
+
+@st.composite
+def whole_answers(draw: Any) -> tuple[GenerateRequest, int | None]:
+    """A request for one answer of letters, and where in it a stop string begins."""
+    sampling = draw(samplings).model_copy(update={"logit_bias": letters})
+    request = GenerateRequest(draw(texts), draw(mixtures), draw(st.integers(2, 34)), sampling, num_top_logprobs=2)
+    return request, draw(st.one_of(st.none(), st.integers(0, 30)))
+
+
+@pytest.mark.parametrize("name", SPECS)
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(whole_answers(), st.lists(st.integers(1, 9), min_size=1, max_size=6), st.booleans())
+def test_an_answer_given_in_windows_is_the_answer_given_in_one(
+    name: str, asked: tuple[GenerateRequest, int | None], sizes: list[int], is_new: bool
+) -> None:
+    """Whatever the windows, penalties, draws and stop strings across their borders; in the same engine or in others."""
+    request, stop_at = asked
+    if stop_at is not None:
+        text = alone(name, request)[0][0]
+        request = replace(request, stop=("never", text[stop_at : stop_at + 4] or "ever"))
+    ((text, tokens, logprobs, finish_reason, _),) = alone(name, request)
+    generated: tuple[int, ...] = ()
+    entries: tuple[Any, ...] = ()
+    ended, engine = None, Engine(name)
+    for size in itertools.chain(sizes, itertools.repeat(max(sizes))):
+        left = request.max_tokens - len(generated)
+        if not left or ended == "stop":
+            break
+        before = TextStream(byte_tokenizer(), request.stop)
+        certain = "".join(before.push(token) for token in generated)
+        engine = Engine(name) if is_new else engine
+        answer = engine.add(replace(request, generated=generated, max_tokens=min(size, left)))
+        engine.finish()
+        (chunk,) = engine.result(answer)
+        ended, generated, entries = chunk.finish_reason, generated + chunk.tokens, entries + chunk.logprobs
+    assert (generated, ended) == (tokens, finish_reason)
+    assert certain + chunk.text == text, "the last window's text is what was not certain before it"
+    if name == "sums":  # its last bits depend on whether tokens are read together
+        assert [entry.logprob for entry in entries] == pytest.approx([e.logprob for e in logprobs], abs=ROW_LOGPROBS)
+    else:
+        assert entries == logprobs
+    assert engine.is_empty
+
+
+def test_a_window_that_goes_on_reads_only_what_is_not_remembered() -> None:
+    engine = Engine()
+    first = GenerateRequest(tuple(range(1, 50)), {"m0": 1.0}, 16, stream=False)
+    answer = engine.add(first)
+    engine.finish()
+    (found,) = engine.result(answer)
+    before = engine.scheduler.num_steps
+    engine.add(replace(first, generated=found.tokens, max_tokens=4))
+    engine.finish()
+    assert engine.scheduler.num_steps - before == 4, "65 tokens in steps of 16 would be five before the first new one"
 
 
 def test_memory_that_is_lacking_is_taken_from_the_last_to_come_and_given_back_to_it_later() -> None:

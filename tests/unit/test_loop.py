@@ -16,7 +16,7 @@ import torch
 from pipelines.train import folder
 from pipelines.train.figures import MetricsFile, Tail, read
 from pipelines.train.loop import Result, train
-from pipelines.train.task import Stage, TrainTask, resolve
+from pipelines.train.task import TrainTask, resolve
 from tests.changed_task import changed
 from tests.written_corpus import written_corpus
 from ulm.checkpoints import store
@@ -255,12 +255,6 @@ def test_the_preset_proposes_rate_and_batch_and_the_recipe_wins(task, root):
     plain = resolve(recipe(train={"batch_tokens": None}), root=root)
     assert (plain.batch_tokens, plain.optimizer.lr) == (8_192, 4e-3)
     assert resolve(recipe(optimizer={"kind": "adamw", "lr": 1e-3}), root=root).optimizer.lr == 1e-3
-
-
-def test_side_by_side_tasks_go_to_the_worker_with_the_least_to_do(task):
-    tasks = tuple(task(str(steps), num_steps=steps) for steps in (1, 6, 2, 3))
-    lanes = [[t.num_steps for t in Stage(tasks, side_by_side=True).of_worker(rank, 2)] for rank in (0, 1)]
-    assert lanes == [[6], [3, 2, 1]]
 
 
 def _metrics(*steps):

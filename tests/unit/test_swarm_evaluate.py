@@ -1,5 +1,6 @@
 """The table is what a slow, naive scorer gives, token by token."""
 
+import asyncio
 import math
 import random
 from pathlib import Path
@@ -10,7 +11,21 @@ import torch
 
 import ulm
 from pipelines.corpus.domains import cluster_corpus
-from pipelines.evaluate import CONTEXT, HeldOut, evaluate_swarm, held_out, score, window_weights
+from pipelines.swarm.evaluate import (
+    CONTEXT,
+    HeldOut,
+    by_token,
+    evaluate_swarm,
+    far_tokens,
+    held_out,
+    score,
+    window_weights,
+    windows,
+)  # fmt: skip
+from serve.contracts import SwarmContext
+from serve.strategies._account import Account
+from serve.strategies._weighing import Weighing
+from serve.strategies._windows import Text
 from tests.written_corpus import write_corpus
 from ulm.checkpoints import store
 from ulm.corpus.manifest import Corpus
@@ -20,6 +35,7 @@ from ulm.recipes.serve import Budget
 from ulm.recipes.train import Evaluation
 from ulm.swarm.manifest import Part, Swarm, write_swarm
 from ulm.swarm.router import Router
+from ulm.tokenizers.tokenizer import Tokenizer
 
 CONTEXT_TOKENS = 48  # shorter than the documents, so that they are cut
 FP32_SUM_ORDER = 1e-5  # batched and single float32 forward passes differ in the order of their sums
@@ -52,7 +68,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 def swarm(corpus: Corpus) -> Swarm:
     root = corpus.folder.parent.parent
     runs = {}
-    for seed, name in enumerate(("e00", "e01", "seed", "dense", "r00", "r01")):
+    for seed, name in enumerate(("e00", "e01", "seed", "dense", "r00", "r01", "large", "soup")):
         runs[name] = store.save(sharp(seed), corpus.tokenizer, root / "runs" / name / "step-00000001", step=1)
     clusters, control = (cluster_corpus(corpus, 2, Clustering(), kind=kind) for kind in ("tf-idf", "random"))
     return write_swarm(
@@ -65,6 +81,7 @@ def swarm(corpus: Corpus) -> Swarm:
         tokenizer_digest=corpus.tokenizer.digest,
         corpus_digest=corpus.digest,
         dense=runs["dense"],
+        dense_flops=runs["large"],
         random=({"e00": Part(runs["r00"], 0), "e01": Part(runs["r01"], 1)}, control.folder),
     )
 
@@ -87,28 +104,50 @@ def test_scores_are_those_of_plain_forward_passes_token_by_token(corpus):
         np.testing.assert_allclose(logprob_T, expected, atol=FP32_SUM_ORDER, rtol=0)
 
 
+COLUMNS = (
+    *("dense", "dense_flops", "seed", "soup", "route", "mixture", "mixture_likelihood", "mixture_product", "oracle"),
+    *("random", "random_route"),
+)
+
+
 def test_the_table_equals_a_naive_one(corpus, swarm):
     config = Evaluation(tokens_per_domain=None, every_tokens=16, top_k=2)
-    table = evaluate_swarm(swarm, corpus, config)
+    soup = swarm.checkpoint("seed").parent.parent / "soup" / "step-00000001"
+    table = evaluate_swarm(swarm, corpus, config, others={"soup": soup})
     models = {name: store.load(swarm.checkpoint(name))[0] for name in ("e00", "e01", "seed")}
     models["dense"] = store.load(swarm.path_of(swarm.manifest.controls.dense))[0]
+    models["dense_flops"] = store.load(swarm.path_of(swarm.manifest.controls.dense_flops))[0]
+    models["soup"] = store.load(soup)[0]
     control = swarm.manifest.controls.random
     models |= {f"r{name}": store.load(swarm.path_of(entry))[0] for name, entry in control.members.items()}
     routers = {"": swarm.router(), "r": swarm.open_router(control.router)}
     for domain in ("law", "code", "poems"):
-        nats = dict.fromkeys(("dense", "seed", "route", "mixture", "oracle", "random"), 0.0)
+        nats = dict.fromkeys(COLUMNS, 0.0)
         num_tokens = num_bytes = 0
         for text in (text for text in held_out(corpus, None) if text.domain == domain):
             of_document = dict.fromkeys(("e00", "e01"), 0.0)
+            logprobs = [
+                {name: naive_logprob(m, text.tokens, t, 256) for name, m in models.items()}
+                for t in range(len(text.tokens))
+            ]
             for t in range(CONTEXT, len(text.tokens)):
-                p = {name: math.exp(naive_logprob(m, text.tokens, t, 256)) for name, m in models.items()}
-                before = bytes(text.tokens[: t - (t - CONTEXT) % 16]).decode()
+                p = {name: math.exp(x) for name, x in logprobs[t].items()}
+                start = t - (t - CONTEXT) % 16
+                before, seen = bytes(text.tokens[:start]).decode(), range(max(0, start - CONTEXT_TOKENS + 1), start)
                 w, w_random = routers[""].weights(before), routers["r"].weights(before)
-                nats["dense"] -= math.log(p["dense"])
-                nats["seed"] -= math.log(p["seed"])
-                nats["route"] -= math.log(p["e00"] if w[0] >= w[1] else p["e01"])
+                for name in ("dense", "dense_flops", "soup", "seed"):
+                    nats[name] -= math.log(p[name])
+                far, far_random = (routers[of].is_far(before) for of in ("", "r"))
+                nats["route"] -= math.log(p["seed"] if far else p["e00"] if w[0] >= w[1] else p["e01"])
+                nats["random_route"] -= math.log(
+                    p["seed"] if far_random else p["re00"] if w_random[0] >= w_random[1] else p["re01"]
+                )
                 nats["mixture"] -= math.log(w[0] * p["e00"] + w[1] * p["e01"])
                 nats["random"] -= math.log(w_random[0] * p["re00"] + w_random[1] * p["re01"])
+                likelihood = [math.exp(sum(logprobs[u][name] for u in seen)) for name in ("e00", "e01")]
+                for name, prior in (("likelihood", routers[""].shares_N), ("product", w)):
+                    both = [prior[0] * likelihood[0], prior[1] * likelihood[1]]
+                    nats[f"mixture_{name}"] -= math.log((both[0] * p["e00"] + both[1] * p["e01"]) / sum(both))
                 of_document = {name: total - math.log(p[name]) for name, total in of_document.items()}
                 num_tokens, num_bytes = num_tokens + 1, num_bytes + 1
             nats["oracle"] += min(of_document.values())
@@ -147,17 +186,71 @@ def test_a_bound_takes_documents_in_hash_order_and_a_tenth_from_each(corpus):
 def test_weights_change_only_between_windows_and_see_only_the_text_before(corpus, swarm):
     router = Router.load(swarm.router_folder())
     tokens = list(("court judge appeal verdict statute court " + "lambda import class def return " * 5).encode())
-    weight_TN = window_weights(router, corpus.tokenizer, HeldOut("x", tokens), 64)
+    text = HeldOut("x", tokens)
+    weight_TN = by_token(window_weights(router, corpus.tokenizer, text, 64), text, 64)
     assert weight_TN.shape == (len(tokens) - CONTEXT, 2)
     assert (weight_TN[:64] == weight_TN[0]).all() and (weight_TN[64:128] == weight_TN[64]).all()
     np.testing.assert_array_equal(weight_TN[0], router.weights(bytes(tokens[:CONTEXT]).decode()))
     assert weight_TN[0].argmax() != weight_TN[-1].argmax()
 
 
+class Scored:
+    """A member whose engine scores by one plain forward pass."""
+
+    def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer, self.context_tokens, self.engine = (
+            store.load(path)[0],
+            tokenizer,
+            CONTEXT_TOKENS,
+            self,
+        )
+
+    async def score(self, member: str, tokens: tuple[int, ...]) -> list[float]:
+        with torch.no_grad():
+            logprob_TV = self.model(torch.tensor([tokens[:-1]]))[0].double().log_softmax(-1)
+        return logprob_TV.gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
+
+
+@pytest.mark.parametrize("by", ["clusterer", "likelihood", "product"])
+def test_the_endpoint_weighs_experts_as_the_table_does(corpus, swarm, by):
+    router, eot_id = swarm.router(), corpus.tokenizer.eot_id
+    members = {name: Scored(swarm.checkpoint(name), corpus.tokenizer) for name in ("e00", "e01")}
+    texts = [HeldOut(t.domain, t.tokens[:CONTEXT_TOKENS]) for t in held_out(corpus, None)[:5]]
+    scores = [score(member.model, texts, eot_id) for member in members.values()]
+
+    async def weighed(text: HeldOut, start: int) -> list[float]:
+        weighing = Weighing(SwarmContext(router), by, most=2)
+        so_far = Text(corpus.tokenizer, (eot_id, *text.tokens[: start - 1]), (text.tokens[start - 1],))
+        weights = (await weighing(so_far, members, Account("mixture", Budget()))).weights
+        return [weights.get(name, 0.0) for name in router.ids]
+
+    for index, text in enumerate(texts):
+        logprob_TN = np.stack([of[index] for of in scores], axis=1)
+        table_WN = window_weights(router, corpus.tokenizer, text, 8, by, logprob_TN, CONTEXT_TOKENS)
+        served_WN = [asyncio.run(weighed(text, start)) for start in windows(text, 8)]
+        np.testing.assert_allclose(served_WN, table_WN, atol=FP32_SUM_ORDER * CONTEXT_TOKENS)
+
+
+def test_the_endpoint_and_the_table_send_the_same_text_to_the_seed(corpus, swarm):
+    router = swarm.router()
+    members = {name: Scored(swarm.checkpoint(name), corpus.tokenizer) for name in ("e00", "e01", "seed")}
+    text = HeldOut("x", list(("court judge appeal verdict court judge " + "xyz uvw " * 12).encode()))
+    router.far = 0.5  # of two clusters as far apart as these no text that mixes them is nearer
+    table = far_tokens(router, corpus.tokenizer, text, 16)[::16]
+
+    async def is_seed(start: int) -> bool:
+        so_far = Text(corpus.tokenizer, tuple(text.tokens[:start]))
+        weighing = Weighing(SwarmContext(router), "clusterer", most=1, seed=True)
+        return set((await weighing(so_far, members, Account("route", Budget()))).weights) == {"seed"}
+
+    assert [asyncio.run(is_seed(start)) for start in windows(text, 16)] == table.tolist()
+
+
 def test_a_swarm_without_controls_has_no_such_columns(corpus, swarm):
     lone = swarm.manifest.model_copy(update={"controls": type(swarm.manifest.controls)()})
     table = evaluate_swarm(Swarm(swarm.folder, lone), corpus, Evaluation(tokens_per_domain=300))
-    assert set(table["macro"]) == {"seed", "route", "mixture", "oracle"}
+    mixtures = {"mixture", "mixture_likelihood", "mixture_product"}
+    assert set(table["macro"]) == {"seed", "route", "oracle", *mixtures}
     assert table["perplexity_ratio"] == {}
 
 

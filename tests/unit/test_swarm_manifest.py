@@ -13,9 +13,10 @@ from ulm.checkpoints import store
 from ulm.errors import ArtefactError, ConfigError
 from ulm.recipes.serve import Budget
 from ulm.swarm.embed import Embedder
-from ulm.swarm.manifest import Part, Swarm, write_swarm
+from ulm.swarm.manifest import Part, Swarm, _without_paths, write_swarm
 from ulm.swarm.router import Router
 from ulm.tokenizers.byte import byte_tokenizer
+from ulm.tokenizers.char import char_tokenizer
 
 
 @pytest.fixture
@@ -64,6 +65,51 @@ def test_a_swarm_comes_back_by_name_digest_and_path(root):
     assert opened.router().ids == ("e00", "e01")
     assert opened.manifest.budget.max_tokens == 100
     assert opened.path_of(opened.manifest.controls.dense) == step(root, "seed").resolve()
+
+
+@pytest.fixture
+def of_two_tokenizers(root: Path) -> dict[str, Part]:
+    """Members of which one has a tokenizer of its own."""
+    spec = ulm.ModelSpec.preset("nano", num_layers=1, vocab_size=char_tokenizer("abc").vocab_size, context_tokens=32)
+    folder = store.save(ulm.build(spec), char_tokenizer("abc"), root / "runs" / "char" / "step-00000001", step=1)
+    return {"e00": Part(step(root, "e00"), 0), "e01": Part(folder, 1), "seed": Part(step(root, "seed"))}
+
+
+@pytest.mark.parametrize(
+    "strategy", [{"kind": "mixture"}, {"kind": "route", "margin": 0.2}, {"kind": "route", "by": "likelihood"}]
+)
+def test_members_of_two_tokenizers_are_refused_where_a_strategy_needs_one_vocabulary(
+    root, of_two_tokenizers, strategy
+):
+    message = f"members.e01: has another tokenizer than e00, and strategy {strategy['kind']} .*kind: route"
+    fields = {"router": root / "clustering", "budget": Budget(), "tokenizer_digest": "t", "corpus_digest": "c"}
+    with pytest.raises(ConfigError, match=message):
+        write_swarm(root, "two", members=of_two_tokenizers, strategy=strategy, **fields)
+    assert not (root / "swarms").exists()
+    write_swarm(root, "two", members=of_two_tokenizers, strategy={"kind": "route"}, **fields)
+    assert set(Swarm.open("two", root=root).members) == {"e00", "e01", "seed"}
+
+
+def test_a_swarm_json_of_before_the_larger_dense_control_is_read(root):
+    swarm = written(root)
+    path = swarm.folder / "swarm.json"
+    fields = json.loads(path.read_text())
+    del fields["controls"]["dense_flops"]
+    assert artefacts.digest_json(_without_paths({k: v for k, v in fields.items() if k != "digest"})) == swarm.digest
+    artefacts.write_json(path, fields)
+    assert Swarm.open("tiny", root=root).manifest == swarm.manifest
+
+
+def test_the_larger_dense_control_is_recorded_and_checked(root):
+    swarm = written(root)
+    fields = {"members": {"e00": Part(step(root, "e00"))}, "router": None, "strategy": {"kind": "single"}}
+    rest = {"budget": Budget(), "tokenizer_digest": "t", "corpus_digest": "c", "dense_flops": step(root, "e01")}
+    large = write_swarm(root, "large", **fields, **rest)
+    assert large.digest != swarm.digest
+    assert large.path_of(Swarm.open("large", root=root).manifest.controls.dense_flops) == step(root, "e01").resolve()
+    (step(root, "e01") / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ArtefactError, match="content does not match"):
+        Swarm.open("large", root=root)
 
 
 def test_swarm_json_has_the_agreed_keys_and_relative_paths(root):

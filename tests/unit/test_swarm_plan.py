@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.swarm_plan import Plan, plan_swarm
+import ulm
+from pipelines.swarm import widen
+from pipelines.swarm.plan import Plan, plan_swarm
 from tests.written_corpus import write_corpus
 from ulm.errors import ConfigError
+from ulm.models.account import forward_flops_per_token, on_meta, train_flops_per_token
 from ulm.recipes.base import validate
 from ulm.recipes.train import SwarmRecipe
 
@@ -87,6 +90,39 @@ def test_the_random_control_is_the_same_swarm_over_other_clusters(home):
         assert control.chosen_documents().tolist() != expert.chosen_documents().tolist()
 
 
+def test_the_larger_dense_control_costs_per_token_what_the_mixture_costs_and_as_much_in_all_as_the_swarm(home):
+    of = plan(home, controls=["dense_flops"], train={"steps": 400}, evaluation={"top_k": 3})
+    small, large = (train_flops_per_token(on_meta(task.spec), 64) for task in (of.seed, of.dense_flops))
+    assert large / small == pytest.approx(3, rel=widen.TOLERANCE)
+    steps = of.seed.num_steps + sum(task.num_steps for task in of.experts.values())
+    rounding = 0.5 / of.dense_flops.num_steps  # a whole number of steps
+    assert of.dense_flops.num_steps * large == pytest.approx(steps * small, rel=rounding)
+    assert of.dense_flops.init_from is None and of.dense_flops.documents is None
+    assert (of.dense_flops.schedule.decay_share, of.dense_flops.schedule.final_share) == (1.0, 0.1)
+    assert of.dense_flops in of.tasks() and of.dense is None
+
+
+@pytest.mark.parametrize("times", [1, 2, 4])
+@pytest.mark.parametrize("preset", ["llama-like", "modern"])
+def test_a_widened_model_is_of_the_same_shape_and_costs_so_many_times_as_much(preset, times):
+    spec = ulm.ModelSpec.preset(preset, size="nano", vocab_size=512)
+    large = widen.widened(spec, times)
+    costs = [forward_flops_per_token(on_meta(s), s.context_tokens) for s in (spec, large)]
+    assert costs[1] / costs[0] == pytest.approx(times, rel=widen.TOLERANCE)
+    assert large.head_dim == spec.head_dim and large.context_tokens == spec.context_tokens
+    assert 0.5 < (large.d_model / large.num_layers) / (spec.d_model / spec.num_layers) < 2
+    assert (large == spec) == (times == 1)
+
+
+def test_with_reassign_the_experts_tokens_are_halved_and_the_first_pass_holds_its_rate(home):
+    of, once = plan(home, reassign=True, train={"steps": 43}), plan(home, train={"steps": 43})
+    assert {task.num_steps + of.second_steps for task in of.experts.values()} == {7}
+    assert of.second_steps == 4 and once.second_steps == 0
+    assert [task.run for task in of.experts.values()] == ["t-e00-first", "t-e01-first", "t-e02-first"]
+    assert {task.schedule.decay_share for task in of.experts.values()} == {0.0}
+    assert of.dense.num_steps == once.dense.num_steps
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -96,6 +132,7 @@ def test_the_random_control_is_the_same_swarm_over_other_clusters(home):
             r"experts: cluster 0 \(law\) has [\d,]+ training tokens, less than one batch of 64,000 .*fewer experts",
         ),
         ({"parallel": 2, "train": {"workers": 2}}, "parallel: runs go side by side with one worker each"),
+        ({"reassign": True, "train": {"steps": 8}}, "reassign: 8 steps leave one for each of 3 experts, .* two passes"),
         ({"corpus": "tinny"}, "corpus: no corpus 'tinny'"),
         ({"experts": 500}, "experts: 500 clusters of 60 training documents"),
     ],

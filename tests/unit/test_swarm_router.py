@@ -1,5 +1,7 @@
 """The served embedding and router: equal to scikit-learn's, weights that sum to one, verified files."""
 
+import json
+
 import numpy as np
 import pytest
 from sklearn.decomposition import TruncatedSVD
@@ -9,7 +11,7 @@ from sklearn.preprocessing import Normalizer
 from ulm import artefacts
 from ulm.errors import ArtefactError
 from ulm.swarm.embed import MAX_CHARS, Embedder, words
-from ulm.swarm.router import FILES, Router, top_k
+from ulm.swarm.router import FILES, Head, Router, top_k
 
 TEXTS = [
     "The court shall hear the appeal within 30 days of the judgment; the court may extend the days.",
@@ -87,6 +89,75 @@ def test_weights_are_the_softmax_of_squared_distances_over_temperature(embedder)
 @pytest.mark.parametrize("text", ["", " \n", "the of and", "zzz qqq"])
 def test_weights_are_the_clusters_shares_where_no_word_is_known(text, embedder):
     assert router_of(embedder).weights(text).tolist() == [0.5, 0.3, 0.2]
+
+
+def test_text_is_far_beyond_the_distance_and_where_it_has_words_but_none_that_is_known(embedder):
+    router = router_of(embedder)
+    assert not any(router.is_far(text) for text in [*TEXTS, "zzz qqq"])  # no distance was calibrated
+    router.far = np.nextafter(np.square(embedder(TEXTS[3]) - router.centroids_ND).sum(axis=1).min(), 0)
+    assert router.is_far(TEXTS[3]) and not router.is_far(TEXTS[0])
+    router.far = np.nextafter(router.far, 9, dtype=np.float64) + 1e-12
+    assert not router.is_far(TEXTS[3])
+    assert router.is_far("zzz qqq")
+    assert not any(router.is_far(text) for text in ("", " \n", "a . ;"))  # no words at all
+
+
+def test_a_head_weighs_in_the_centroids_place(embedder):
+    generator = np.random.default_rng(0)
+    head = Head(generator.normal(size=(3, 4)), generator.normal(size=3))
+    router = router_of(embedder)
+    router.head = head
+    score_N = np.array([row_D @ embedder(TEXTS[4]) for row_D in head.matrix_ND]) + head.bias_N
+    np.testing.assert_allclose(router.weights(TEXTS[4]), np.exp(score_N) / np.exp(score_N).sum(), rtol=1e-12)
+    assert router.weights("zzz").tolist() == [0.5, 0.3, 0.2]
+
+
+def test_a_head_shares_out_among_the_experts_that_it_knows_what_centroids_give_them(embedder):
+    centroids_only, router = router_of(embedder), router_of(embedder)
+    router.head = Head(np.eye(2, 4), np.array([0.0, 1.0]))
+    weight_N, was_N = router.weights(TEXTS[4]), centroids_only.weights(TEXTS[4])
+    assert weight_N[2] == pytest.approx(was_N[2], rel=1e-12)
+    assert weight_N[1] / weight_N[0] == pytest.approx(np.exp(1 + embedder(TEXTS[4])[1] - embedder(TEXTS[4])[0]))
+    assert weight_N.sum() == pytest.approx(1, abs=1e-12)
+
+
+def test_a_stored_router_comes_back_with_its_head_and_its_distance(embedder, tmp_path):
+    router = router_of(embedder)
+    router.far, router.head = 0.875, Head(np.eye(3, 4), np.arange(3.0))
+    stored(router, tmp_path / "router")
+    loaded = Router.load(tmp_path / "router")
+    assert loaded.far == 0.875
+    np.testing.assert_array_equal(loaded.weights(TEXTS[1]), router.weights(TEXTS[1]))
+    assert loaded.weights(TEXTS[1]).tolist() != router_of(embedder).weights(TEXTS[1]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("far", "head", "message"),
+    [
+        (0.5, Head(np.eye(2, 4), np.zeros(3)), "head and centroids differ in size"),
+        (0.5, Head(np.eye(4, 4), np.zeros(4)), "head and centroids differ in size"),
+        (0.5, Head(np.eye(3, 4), np.zeros(2)), "head and centroids differ in size"),
+        (0.5, Head(np.full((3, 4), np.nan), np.zeros(3)), "the head must be finite"),
+        (-1.0, None, "far must be a finite squared distance"),
+        (np.inf, None, "far must be a finite squared distance"),
+    ],
+)
+def test_a_router_whose_parts_do_not_fit_is_refused(far, head, message, embedder, tmp_path):
+    router = router_of(embedder)
+    router.far, router.head = far, head
+    stored(router, tmp_path / "router")
+    with pytest.raises(ArtefactError, match=message):
+        Router.load(tmp_path / "router")
+
+
+def test_a_router_of_before_has_no_distance(embedder, tmp_path):
+    folder = tmp_path / "router"
+    stored(router_of(embedder), folder)
+    fields = json.loads((folder / "router.json").read_text())
+    del fields["far"]
+    artefacts.write_json(folder / "router.json", fields)
+    artefacts.write_json(folder / "manifest.json", {"format_version": 1, "files": artefacts.digest_files(folder)})
+    assert Router.load(folder).far is None
 
 
 def test_top_k_keeps_the_largest_made_to_sum_to_one():

@@ -44,8 +44,8 @@ def demo(
     """
     started_s = time.monotonic()
     root = runtime.root()
-    from pipelines import swarm_job
     from pipelines.corpus import job as corpus_job
+    from pipelines.swarm import job as swarm_job
     from serve import app as serve_app
     from serve.plan import make_plan
 

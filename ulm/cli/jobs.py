@@ -19,7 +19,7 @@ MODULES = {
     "corpus extend": "pipelines.corpus.extend_job",
     "tokenizer train": "pipelines.tokenizer_job",
     "train": "pipelines.train.job",
-    "swarm train": "pipelines.swarm_job",
+    "swarm train": "pipelines.swarm.job",
 }
 AGENT_TIMEOUT_S = 60.0
 

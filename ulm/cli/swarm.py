@@ -8,10 +8,10 @@ import typer
 from rich.table import Table
 
 from ulm import runtime
-from ulm.cli import console
+from ulm.cli import console, swarm_tables
 from ulm.cli.cluster import session
 from ulm.cli.options import Address, Overrides, Recipe
-from ulm.recipes import SwarmRecipe, load_recipe
+from ulm.recipes import SwarmAddRecipe, SwarmRecipe, TrainRecipe, load_recipe
 
 FEW_TOKENS = 2_000  # the standard error of bits per byte is then some percent
 swarm = typer.Typer(help="Train swarms and show them.", no_args_is_help=True)
@@ -30,7 +30,7 @@ def train(recipe: Recipe, overrides: Overrides = [], address: Address = None) ->
     """
     loaded = cast(SwarmRecipe, load_recipe("swarm train", recipe, overrides))
     root = runtime.root()
-    from pipelines import swarm_job
+    from pipelines.swarm import job as swarm_job
 
     with session(root, address), console.bars() as bars:
         result = swarm_job.train_swarm(
@@ -40,6 +40,43 @@ def train(recipe: Recipe, overrides: Overrides = [], address: Address = None) ->
         console.err.print(comparison(result["bits_per_byte"]))
         _warn_of_noise(result.get("scored_tokens", {}))
     console.finish_job(result)
+
+
+@swarm.command("add")
+def add(recipe: Recipe, overrides: Overrides = [], address: Address = None) -> None:  # noqa: B006  typer copies it
+    """Train one expert more from a swarm's seed, for the text of another corpus; the other members stay as they are.
+
+    Running it again resumes. Example: ulm swarm add poems.yaml --set swarm=mine
+    """
+    loaded = cast(SwarmAddRecipe, load_recipe("swarm add", recipe, overrides))
+    root = runtime.root()
+    from pipelines.swarm import change
+    from pipelines.train import job
+
+    with session(root, address), console.bars() as bars:
+
+        def run(training: TrainRecipe) -> dict[str, Any]:
+            return job.run(
+                training,
+                root=root,
+                near=recipe.parent,
+                on_progress=lambda step, num_steps, figures: bars.step(loaded.name, step, num_steps, figures),
+                on_event=bars.event,
+            )
+
+        result = change.add(loaded, root=root, near=recipe.parent, run=run)
+    console.finish_job(result)
+
+
+@swarm.command("drop")
+def drop(
+    name: Annotated[str, typer.Argument(metavar="SWARM", help="Its name.", show_default=False)],
+    member: Annotated[str, typer.Argument(help="An expert's id.", show_default=False)],
+) -> None:
+    """Write a swarm anew without one of its experts. Its checkpoint stays; the old version keeps its digest."""
+    from pipelines.swarm import change
+
+    console.finish(change.drop(name, member, root=runtime.root()))
 
 
 @swarm.command("show")
@@ -78,3 +115,23 @@ def _cell(value: float | None, best: float | None) -> str:
     if value is None:
         return "-"
     return f"[bold]{value:.3f}[/]" if value == best else f"{value:.3f}"
+
+
+@swarm.command("plan")
+def plan(recipe: Recipe, overrides: Overrides = []) -> None:  # noqa: B006  typer copies it
+    """What a swarm by a recipe would come to: clusters, perplexity against one dense model, time, memory, disk.
+
+    Nothing is trained. Example: ulm swarm plan swarm.yaml --set train.tokens_per_parameter=20
+    """
+    loaded = cast(SwarmRecipe, load_recipe("swarm train", recipe, overrides))
+    from pipelines.swarm.forecast import forecast_swarm
+
+    with console.bars() as bars:
+        planned = forecast_swarm(
+            loaded,
+            root=runtime.root(),
+            near=recipe.parent,
+            progress=lambda stage, done, total, note: bars.step(stage, done, total or 1, {}),
+        )
+    console.err.print(swarm_tables.plan(planned))
+    console.finish(planned)

@@ -39,23 +39,23 @@ def plan(planned: dict[str, Any]) -> RenderableType:
         "disk": f"{decimal(disk['total'])} of {decimal(disk['free'])} free: "
         f"{disk['kept']} checkpoints and one being written, {decimal(disk['checkpoint'])} each",
         "operations": f"{planned['flops']:.2e} FLOP",
-        "time": f"about {_duration(planned['seconds'])}: {planned['tokens_per_second']:,.0f} tokens/s, "
+        "time": f"about {duration(planned['seconds'])}: {planned['tokens_per_second']:,.0f} tokens/s, "
         f"{how}, {planned['mfu']:.0%} of {planned['peak_flops'] / 1e12:.3g} TFLOP/s",
     }
-    return Group(_pairs(rows), *(_text(f"note: {remark}", "yellow") for remark in planned["remarks"]))
+    return Group(pairs(rows), *(styled(f"note: {remark}", "yellow") for remark in planned["remarks"]))
 
 
 def ending(line: dict[str, Any], report: Path) -> RenderableType:
     """What a person may do next, after `ulm train`."""
     if line.get("status") == "interrupted":
-        return _text(f"saved as {line['checkpoint'] or 'nothing'}; the same command goes on from there", "yellow")
-    return _text(f'step {line["step"]:,} is the last; see {report}, or `ulm generate {line["run"]} "…"`', "dim")
+        return styled(f"saved as {line['checkpoint'] or 'nothing'}; the same command goes on from there", "yellow")
+    return styled(f'step {line["step"]:,} is the last; see {report}, or `ulm generate {line["run"]} "…"`', "dim")
 
 
 def finished(run: str) -> RenderableType:
     """What a person hears who starts a run that has ended."""
     longer = f"another name, with init_from: {run}, trains it longer"
-    return _text(f"{run} is finished: nothing is trained, whatever its recipe changes; {longer}", "dim")
+    return styled(f"{run} is finished: nothing is trained, whatever its recipe changes; {longer}", "dim")
 
 
 _MEMORY = ("weights", "gradients", "optimizer", "average", "activations", "checkpoint_copy", "program")
@@ -72,8 +72,8 @@ def runs(found: list[dict[str, Any]]) -> RenderableType:
     for run in found:
         started = run["started"]
         table.add_row(
-            _text(run["run"]),
-            _text(run["status"], STYLES.get(run["status"], "")),
+            styled(run["run"]),
+            styled(run["status"], STYLES.get(run["status"], "")),
             started[5:16].replace("T", " ") if started else "-",
             _size(run["parameters"]),
             f"{_number(run['step'], '')}/{_number(run['num_steps'], '')}",
@@ -81,7 +81,7 @@ def runs(found: list[dict[str, Any]]) -> RenderableType:
             _number(run["bits_per_byte"], ".3f"),
             _number(run["tokens_per_second"], ",.0f"),
         )
-    return table if found else _text("no runs yet")
+    return table if found else styled("no runs yet")
 
 
 def run(found: dict[str, Any]) -> RenderableType:
@@ -98,12 +98,14 @@ def run(found: dict[str, Any]) -> RenderableType:
     checkpoints = Table("checkpoint", *right("val_loss"), "", title="checkpoints", title_justify="left")
     for entry in found["about_checkpoints"]:
         best = "best" if entry["best"] else ""
-        checkpoints.add_row(_text(entry["name"]), _number(entry["val_loss"], ".4f"), best)
+        checkpoints.add_row(styled(entry["name"]), _number(entry["val_loss"], ".4f"), best)
     events = Table(*right("step"), "what", "", title="events", title_justify="left")
     for event in found["events"][-MAX_EVENTS:]:
-        events.add_row(f"{event['step']:,}", _text(event["kind"], STYLES.get(event["kind"], "")), _text(event["text"]))
+        events.add_row(
+            f"{event['step']:,}", styled(event["kind"], STYLES.get(event["kind"], "")), styled(event["text"])
+        )
     recipe = found["recipe"] or "no recipe.yaml"
-    return Group(_text(recipe.rstrip(), "dim"), _text(""), _pairs(rows), checkpoints, events)
+    return Group(styled(recipe.rstrip(), "dim"), styled(""), pairs(rows), checkpoints, events)
 
 
 def _steps(run: dict[str, Any]) -> str:
@@ -120,7 +122,8 @@ def _size(parameters: int | None) -> str:
     return f"{parameters / 1e6:.3g}M" if parameters < 1e9 else f"{parameters / 1e9:.3g}B"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time as people say it: 12 s, 3 min 5 s, 2 h 10 min, 3.1 days."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours >= 48:
@@ -128,12 +131,14 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-def _pairs(rows: dict[str, str]) -> Table:
+def pairs(rows: dict[str, str]) -> Table:
+    """Names and what they are, without lines."""
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
-        table.add_row(_text(name, "dim"), _text(value))
+        table.add_row(styled(name, "dim"), styled(value))
     return table
 
 
-def _text(text: str, style: str = "") -> Text:
+def styled(text: str, style: str = "") -> Text:
+    """Text from anywhere that cannot act on the terminal."""
     return Text(printable(text), style)

@@ -53,6 +53,22 @@ def _chunks(x_ND: Tensor, targets_N: Tensor, size: int) -> zip[tuple[Tensor, Ten
     return zip(x_ND.split(size), targets_N.split(size), strict=True)
 
 
+def _with_gradient(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed nats, and their gradient: softmax less one at the target, made in the place of the log-probabilities.
+
+    torch's own backward makes a matrix of zeros and another of the result: a seventh of a step of 0.4M parameters.
+    """
+    is_target_N1 = (targets_N != NO_TARGET)[:, None]
+    target_N1 = targets_N[:, None].clamp(min=0)
+    logprob_NV = logits_NV.log_softmax(dim=-1)
+    nats = -logprob_NV.gather(1, target_N1).mul_(is_target_N1).sum()
+    share_NV = logprob_NV.exp_()
+    share_NV.scatter_add_(1, target_N1, torch.full_like(target_N1, -1, dtype=share_NV.dtype))
+    if share_NV.is_cuda or not is_target_N1.all():  # to look would make a GPU wait
+        share_NV.mul_(is_target_N1)
+    return nats, share_NV
+
+
 class _ChunkedNats(torch.autograd.Function):
     """Forward makes loss and gradients of each chunk at once; backward only scales them."""
 
@@ -66,12 +82,13 @@ class _ChunkedNats(torch.autograd.Function):
         with torch.enable_grad():
             for start in range(0, len(x_ND), chunk_tokens):
                 x = x_ND[start : start + chunk_tokens].detach().requires_grad_()
-                nats = _nats(head, x, targets_N[start : start + chunk_tokens]).sum()
-                of_x, *of_weights = torch.autograd.grad(nats, (x, *weights))
+                logits_NV = head(x)
+                nats, of_logits_NV = _with_gradient(logits_NV.detach().float(), targets_N[start : start + chunk_tokens])
+                of_x, *of_weights = torch.autograd.grad(logits_NV, (x, *weights), of_logits_NV.to(logits_NV.dtype))
                 grad_ND[start : start + chunk_tokens] = of_x
                 for grad, part in zip(grads, of_weights, strict=True):
                     grad += part
-                total += nats.detach()
+                total += nats
         ctx.save_for_backward(grad_ND, *(grad.to(w.dtype) for grad, w in zip(grads, weights, strict=True)))
         return total
 

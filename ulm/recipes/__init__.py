@@ -8,11 +8,11 @@ from pathlib import Path
 from ulm.recipes.base import Recipe, load
 from ulm.recipes.corpus import CorpusRecipe, ExtendRecipe, TokenizerRecipe
 from ulm.recipes.serve import ServeRecipe
-from ulm.recipes.train import SwarmRecipe, TrainRecipe
+from ulm.recipes.train import SwarmAddRecipe, SwarmRecipe, TrainRecipe
 
 __all__ = [
-    "RECIPES", "CorpusRecipe", "ExtendRecipe", "ServeRecipe", "SwarmRecipe", "TokenizerRecipe", "TrainRecipe",
-    "load_recipe",
+    "RECIPES", "CorpusRecipe", "ExtendRecipe", "ServeRecipe", "SwarmAddRecipe", "SwarmRecipe", "TokenizerRecipe",
+    "TrainRecipe", "load_recipe",
 ]  # fmt: skip
 
 RECIPES: dict[str, type[Recipe]] = {
@@ -21,6 +21,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "tokenizer train": TokenizerRecipe,
     "train": TrainRecipe,
     "swarm train": SwarmRecipe,
+    "swarm add": SwarmAddRecipe,
     "serve up": ServeRecipe,
 }
 

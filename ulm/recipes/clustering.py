@@ -15,8 +15,11 @@ class Clustering(Section):
     dimensions: int = Field(100, ge=2)
     max_features: int = Field(50_000, ge=10)
     iterations: int = Field(20, ge=1)
-    temperature: float = Field(0.1, gt=0, allow_inf_nan=False)  # of the router's softmax over squared distances
+    # What the served router goes by. linear: a classifier of short passages; centroids: their distances alone (c-BTM)
+    router: Literal["linear", "centroids"] = "linear"
+    temperature: float = Field(0.1, gt=0, allow_inf_nan=False)  # of the softmax over squared distances
     min_cluster_tokens: int = Field(0, ge=0)  # training tokens; a smaller cluster is merged into its nearest
+    overlap: float = Field(0.0, ge=0, le=1)  # of the documents, those nearest to a border: in both clusters
     seed: int = 0
 
 

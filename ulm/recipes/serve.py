@@ -27,6 +27,13 @@ class Budget(Section):
     max_ms: int | None = Field(None, ge=1, le=86_400_000)
 
 
+class Limits(Section):
+    """What a request may ask of the swarm's strategies; those of the recipe's own keep to it, too."""
+
+    max_top_k: int | None = Field(None, ge=1)  # members that answer together; None: all of them
+    min_every_tokens: int = Field(1, ge=1)  # generated tokens between two looks at who should answer
+
+
 class MemberSection(Section):
     """One served model."""
 
@@ -42,6 +49,9 @@ class ServeRecipe(Recipe):
     engine: dict[str, Any] = {"kind": "local"}
     members_per_engine: int | None = Field(None, ge=1)  # engines in processes of their own; None: one in the gateway's
     budget: Budget = Budget()
+    limits: Limits = Limits()
+    # Members that answer, in this order, where those that should are down; None: the swarm's seed, if it serves one.
+    fallback: tuple[MemberId, ...] | None = None
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65_535)
     cpus: float = Field(1.0, gt=0)  # of each engine replica

@@ -6,9 +6,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ulm.errors import ConfigError
+from ulm.errors import ConfigError, did_you_mean
 from ulm.recipes.base import Recipe, Section
 from ulm.recipes.clustering import Clustering
+from ulm.recipes.serve import MemberId
 from ulm.registry import configure
 
 MAX_WORKERS = 10_000
@@ -110,6 +111,12 @@ class Resources(Section):
     max_restarts: int = Field(3, ge=0)  # of lost workers, without a new checkpoint in between
 
 
+class SwarmResources(Resources):
+    """What one worker is given, where each trains a run of its own. Fractions: several runs on one GPU or CPU."""
+
+    cpu_workers: int = Field(0, ge=0)  # without a GPU, beside those with one
+
+
 def _kind(slot: str, default: str | None) -> Any:
     def check(given: Any) -> Any:
         if isinstance(given, dict) and "kind" not in given:  # --set optimizer.lr=0.001
@@ -188,8 +195,42 @@ class SwarmRecipe(TrainingRecipe):
 
     experts: int = Field(4, ge=1)
     seed_share: float = Field(0.5, gt=0, lt=1)
-    controls: list[Literal["dense", "random"]] = ["dense"]
+    controls: list[Literal["dense", "random", "dense_flops"]] = ["dense"]
+    reassign: bool = False  # a second pass of the experts, over the documents that each of them likes best
+    soups: bool = True  # the experts' weights averaged into one model, uniformly and by the router
     clustering: Clustering = Clustering()
     evaluation: Evaluation = Evaluation()
     warmup_steps: int = Field(10, ge=0)
     parallel: int | None = Field(None, ge=1)  # experts trained side by side; None: as resources allow
+    resources: SwarmResources = SwarmResources()
+    priorities: dict[str, int] = {}  # of runs: e03, dense, r03 (of random); higher is sooner, 0 where it says nothing
+
+    @model_validator(mode="after")
+    def _queue_is_one(self) -> Self:
+        known: list[str] = [control for control in self.controls if control != "random"]
+        letters = ["e", *(["r"] if "random" in self.controls else [])]
+        known += [f"{letter}{number:02d}" for letter in letters for number in range(self.experts)]
+        for name in self.priorities:
+            if name not in known:
+                raise ConfigError(f"priorities.{name}", "no such run in this recipe", did_you_mean(name, known))
+        if self.resources.cpu_workers and max(self.train.worker_counts) > 1:
+            problem = f"{self.resources.cpu_workers}, but train.workers is {self.train.workers}: all train each run"
+            raise ConfigError("resources.cpu_workers", problem, "give one of the two")
+        if self.resources.cpu_workers and self.resources.gpus_per_worker == 0:
+            raise ConfigError(
+                "resources.cpu_workers", "no worker has a GPU, gpus_per_worker is 0", "parallel says how many train"
+            )
+        return self
+
+
+class SwarmAddRecipe(TrainingRecipe):
+    """What `ulm swarm add` needs: one expert more, from the swarm's seed, for the text of a corpus."""
+
+    swarm: str  # its name: the new version gets it
+    member: MemberId | None = None  # the expert's id; None: the next of e00, e01, …
+    warmup_steps: int = Field(10, ge=0)
+
+    @field_validator("model")
+    @classmethod
+    def _model_is_the_seeds(cls, given: Any) -> Any:
+        raise ConfigError("model", "the expert's model is the seed's", "leave it out")

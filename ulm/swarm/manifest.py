@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -11,13 +12,14 @@ from pydantic import Field, ValidationError, model_validator
 
 from ulm import artefacts
 from ulm.checkpoints.manifest import read_manifest, verify
-from ulm.errors import ArtefactError
+from ulm.errors import ArtefactError, ConfigError
 from ulm.recipes.base import Section
 from ulm.recipes.serve import Budget, MemberId
 from ulm.registry import config_error
 from ulm.swarm.router import Router
 
 SEED = "seed"  # the member all experts come from; outside the router's weights
+OWN_ROUTER = "router"  # the folder of a router within the swarm's own
 
 
 class CheckpointEntry(Section):
@@ -52,6 +54,7 @@ class Controls(Section):
     """What the swarm was compared with; none of it is a member."""
 
     dense: CheckpointEntry | None = None
+    dense_flops: CheckpointEntry | None = None  # a larger one, of the mixture's cost per token
     random: RandomControl | None = None
 
 
@@ -76,7 +79,10 @@ class SwarmManifest(Section):
 
     def content_digest(self) -> str:
         """SHA-256 of what the swarm is: everything but where its parts lie and the digest itself."""
-        return artefacts.digest_json(_without_paths(self.model_dump(exclude={"digest"})))
+        fields = _without_paths(self.model_dump(exclude={"digest"}))
+        if fields["controls"]["dense_flops"] is None:  # which the first swarms did not know of
+            del fields["controls"]["dense_flops"]
+        return artefacts.digest_json(fields)
 
 
 def _without_paths(value: Any) -> Any:
@@ -148,9 +154,10 @@ class Swarm:
         if manifest.content_digest() != manifest.digest:
             raise ArtefactError(f"{named}: content does not match its digest; write the swarm again")
         random = manifest.controls.random
+        dense = {"dense": manifest.controls.dense, "dense_flops": manifest.controls.dense_flops}
         checkpoints: dict[str, CheckpointEntry] = {
             **{f"members.{name}": entry for name, entry in self.members.items()},
-            **({"controls.dense": manifest.controls.dense} if manifest.controls.dense else {}),
+            **{f"controls.{name}": entry for name, entry in dense.items() if entry},
             **({f"controls.random.{name}": entry for name, entry in random.members.items()} if random else {}),
         }
         for where, entry in checkpoints.items():
@@ -192,6 +199,19 @@ class Part(NamedTuple):
     domain: str | None = None
 
 
+def _check_vocabulary(members: dict[str, Part], strategy: dict[str, Any]) -> None:
+    """ConfigError where experts whose probabilities are mixed or compared have different tokenizers."""
+    by = strategy.get("by", "clusterer")
+    needs_one = strategy.get("kind") == "mixture" or strategy.get("margin", 0) > 0 or by != "clusterer"
+    experts = {name: part for name, part in members.items() if part.cluster is not None}
+    tokenizers = {name: read_manifest(part.checkpoint).tokenizer_digest for name, part in experts.items()}
+    first = next(iter(tokenizers), None)
+    other = next((name for name, digest in tokenizers.items() if first and digest != tokenizers[first]), None)
+    if needs_one and other:
+        problem = f"has another tokenizer than {first}, and strategy {strategy['kind']} needs one vocabulary"
+        raise ConfigError(f"members.{other}", problem, "experts of one tokenizer, or strategy: {kind: route}")
+
+
 def write_swarm(
     root: Path,
     name: str,
@@ -203,12 +223,17 @@ def write_swarm(
     tokenizer_digest: str,
     corpus_digest: str,
     dense: Path | None = None,
+    dense_flops: Path | None = None,
     random: tuple[dict[str, Part], Path] | None = None,
+    keep_router: bool = False,
 ) -> Swarm:
     """Store a swarm under swarms/<digest>/ and let `name` point to it.
 
-    `router` is a clustering's folder, `dense` a step directory, `random` that control's members and clustering.
+    `router` is a clustering's folder, `dense` and `dense_flops` step directories, `random` that control's members and
+    clustering. With `keep_router` the swarm's folder gets a copy of the router, for one that is nowhere else.
+    ConfigError where the default strategy mixes members that have different tokenizers.
     """
+    _check_vocabulary(members, strategy)
     swarms = root / "swarms"
     near = swarms / "digest"  # every swarm lies as deep as this
 
@@ -228,7 +253,7 @@ def write_swarm(
         format_version=artefacts.FORMAT_VERSION,
         digest="",
         members=entries(members),
-        router=RouterEntry(**clustering(router)) if router else None,
+        router=RouterEntry(**clustering(router) | ({"path": OWN_ROUTER} if keep_router else {})) if router else None,
         strategy=strategy,
         budget=budget,
         tokenizer_digest=tokenizer_digest,
@@ -236,6 +261,7 @@ def write_swarm(
         controls=Controls.model_validate(
             {
                 "dense": checkpoint(dense) if dense else None,
+                "dense_flops": checkpoint(dense_flops) if dense_flops else None,
                 "random": {"members": entries(random[0]), "router": clustering(random[1])} if random else None,
             }
         ),
@@ -243,9 +269,14 @@ def write_swarm(
     manifest = manifest.model_copy(update={"digest": manifest.content_digest()})
     folder = swarms / manifest.digest
     if folder.is_dir():  # the same parts, perhaps elsewhere now
+        if router and keep_router:
+            with artefacts.new_folder(folder / OWN_ROUTER) as own:
+                shutil.copytree(router, own, dirs_exist_ok=True)
         artefacts.write_json(folder / "swarm.json", manifest.model_dump())
     else:
         with artefacts.new_folder(folder) as partial:
+            if router and keep_router:
+                shutil.copytree(router, partial / OWN_ROUTER)
             artefacts.write_json(partial / "swarm.json", manifest.model_dump())
     artefacts.point(swarms / "names" / name, folder)
     return Swarm(folder, manifest)

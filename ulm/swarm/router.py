@@ -1,6 +1,9 @@
 """The router: which experts a text calls for, from the clustering that split the training text.
 
 w_j = softmax_j(-||h - c_j||^2 / T), h the text's embedding, c_j the centroids (c-BTM, arXiv 2303.14177, section 3.2).
+A linear head that has learned from passages whose they are does better on short text: w = softmax(W h + b) (as in
+DiPaCo, arXiv 2403.10616, section 2). Experts that came after it was fitted are weighed by their centroids.
+
 Shape letters: N experts, V words of the vocabulary, D dimensions of the embedding.
 """
 
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +22,25 @@ from safetensors.numpy import load_file, save_file
 
 from ulm import artefacts
 from ulm.errors import ArtefactError
-from ulm.swarm.embed import Embedder
+from ulm.swarm.embed import MAX_CHARS, Embedder, words
 
 FILES = ("router.json", "router.safetensors")
 
 
+@dataclass(frozen=True)
+class Head:
+    """A linear classifier of embeddings into experts: the first ones of a router's, as many as it has rows."""
+
+    matrix_ND: NDArray[np.float64]
+    bias_N: NDArray[np.float64]
+
+
 class Router:
-    """Weights of N experts for a text. `ids` are the experts' member ids, in the order of the weights."""
+    """Weights of N experts for a text. `ids` are the experts' member ids, in the order of the weights.
+
+    `far` is the squared distance to the nearest centroid from which on a text is like none of the training text; None:
+    no distance is. `head` shares out what the centroids give to the experts that it knows; all, if no expert was added.
+    """
 
     def __init__(
         self,
@@ -34,8 +50,12 @@ class Router:
         shares_N: NDArray[np.float64],
         temperature: float,
         digest: str = "",
+        *,
+        far: float | None = None,
+        head: Head | None = None,
     ) -> None:
         self.ids, self.embedder, self.temperature = tuple(ids), embedder, temperature
+        self.far, self.head = far, head
         self.centroids_ND = np.asarray(centroids_ND, dtype=np.float64)
         self.shares_N = np.asarray(shares_N, dtype=np.float64)
         self.digest = digest  # over the stored files; "" for a router that was not loaded
@@ -45,9 +65,24 @@ class Router:
         h_D = self.embedder(text)
         if h_D is None:
             return self.shares_N.copy()
-        score_N = -np.square(h_D - self.centroids_ND).sum(axis=1) / self.temperature
-        weight_N = np.exp(score_N - score_N.max())
-        return np.asarray(weight_N / weight_N.sum())
+        weight_N = _softmax(-np.square(h_D - self.centroids_ND).sum(axis=1) / self.temperature)
+        if self.head is not None:
+            known = len(self.head.bias_N)
+            weight_N[:known] = weight_N[:known].sum() * _softmax(self.head.matrix_ND @ h_D + self.head.bias_N)
+            weight_N /= weight_N.sum()
+        return weight_N
+
+    def is_far(self, text: str) -> bool:
+        """Whether the text is unlike all training text: far from every centroid, or of words that it never had.
+
+        A text without words is not far: nothing is known of it, and the clusters' shares count.
+        """
+        if self.far is None:
+            return False
+        h_D = self.embedder(text)
+        if h_D is None:
+            return bool(words(text[-MAX_CHARS:]))
+        return bool(np.square(h_D - self.centroids_ND).sum(axis=1).min() > self.far)
 
     def write(self, folder: Path) -> None:
         """The files of FILES, into a folder that an artefact is being made in."""
@@ -56,12 +91,16 @@ class Router:
             "format_version": artefacts.FORMAT_VERSION,
             "ids": self.ids,
             "temperature": self.temperature,
+            "far": self.far,
             "shares": self.shares_N.tolist(),
             "vocabulary": vocabulary,
             "idf": self.embedder.idf_V.tolist(),
         }
         (folder / FILES[0]).write_text(json.dumps(fields, ensure_ascii=False), encoding="utf-8")
-        arrays = {"components": self.embedder.components_VD, "centroids": self.centroids_ND.astype(np.float32)}
+        arrays: dict[str, NDArray[Any]] = {"components": self.embedder.components_VD}
+        arrays["centroids"] = self.centroids_ND.astype(np.float32)
+        if self.head is not None:
+            arrays |= {"head.matrix": self.head.matrix_ND, "head.bias": self.head.bias_N}
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / FILES[1])
 
     @classmethod
@@ -82,10 +121,18 @@ class Router:
             )
             shares_N = np.array(fields["shares"], dtype=np.float64)
             _check(fields, arrays, shares_N)
+            head = Head(arrays["head.matrix"], arrays["head.bias"]) if "head.matrix" in arrays else None
+            far = None if fields.get("far") is None else float(fields["far"])  # a router of before has none
             digest = artefacts.digest_json(stored)
-            return cls(fields["ids"], embedder, arrays["centroids"], shares_N, float(fields["temperature"]), digest)
+            parts = (fields["ids"], embedder, arrays["centroids"], shares_N, float(fields["temperature"]), digest)
+            return cls(*parts, far=far, head=head)
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ArtefactError(f"{folder}: not a readable router: {error!r}") from None
+
+
+def _softmax(score_N: NDArray[np.float64]) -> NDArray[np.float64]:
+    weight_N = np.exp(score_N - score_N.max())
+    return np.asarray(weight_N / weight_N.sum())
 
 
 def _check(fields: dict[str, Any], arrays: dict[str, NDArray[Any]], shares_N: NDArray[np.float64]) -> None:
@@ -99,6 +146,25 @@ def _check(fields: dict[str, Any], arrays: dict[str, NDArray[Any]], shares_N: ND
     temperature = float(fields["temperature"])
     if not (np.isfinite(temperature) and temperature > 0 and np.isfinite(shares_N).all() and shares_N.sum() > 0):
         raise ValueError("temperature and shares must be finite, and above zero")
+    if fields.get("far") is not None and not 0 <= float(fields["far"]) < np.inf:
+        raise ValueError("far must be a finite squared distance")
+    if not all(np.isfinite(array).all() for array in (centroids_ND, components_VD, np.array(fields["idf"]))):
+        raise ValueError("idf, components and centroids must be finite")
+    _check_head(arrays, centroids_ND)
+
+
+def _check_head(arrays: dict[str, NDArray[Any]], centroids_ND: NDArray[Any]) -> None:
+    """ValueError where a head is there in part, or does not fit the centroids."""
+    matrix_ND, bias_N = (arrays.get(name) for name in ("head.matrix", "head.bias"))
+    if matrix_ND is None and bias_N is None:
+        return
+    if matrix_ND is None or bias_N is None:
+        raise ValueError("head.matrix and head.bias go together")
+    num_known = len(bias_N) if bias_N.ndim == 1 else 0
+    if not 0 < num_known <= len(centroids_ND) or matrix_ND.shape != (num_known, centroids_ND.shape[1]):
+        raise ValueError("head and centroids differ in size")
+    if not (np.isfinite(matrix_ND).all() and np.isfinite(bias_N).all()):
+        raise ValueError("the head must be finite")
 
 
 def top_k(weight_N: NDArray[np.float64], k: int) -> NDArray[np.float64]:

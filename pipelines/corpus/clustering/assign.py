@@ -27,13 +27,14 @@ MAX_DOCUMENT_TOKENS = 4_096  # of a document's beginning that are looked at
 def task(folder: Path, embedder: Embedder, centroids_CD: NDArray[np.float64]) -> Task:
     """A function that takes documents of the corpus in `folder`, as `located` gives them, to their rows and clusters.
 
-    The cluster is -1 where no word is known. A document's answer does not depend on those beside it.
+    With each come its second cluster and its margin, as `two_nearest` has them. The clusters are -1 where no word is
+    known. A document's answer does not depend on those beside it.
     """
 
     def assign_clusters(documents: Item) -> Item:
         h_ND = embed_texts(embedder, first_texts(_opened(folder), documents))
-        nearest_N = np.where(h_ND.any(axis=1), nearest(h_ND, centroids_CD), -1)
-        return {"row": documents["row"], "cluster": nearest_N.tolist()}
+        two_N2, margin_N = two_nearest(h_ND, centroids_CD)
+        return {"row": documents["row"], "clusters": two_N2.tolist(), "margin": margin_N.tolist()}
 
     return assign_clusters
 
@@ -80,7 +81,31 @@ def unit(x_ND: NDArray[Any]) -> NDArray[np.float64]:
 
 def nearest(h_ND: NDArray[np.float64], centroids_CD: NDArray[np.float64]) -> NDArray[np.int64]:
     """The nearest centroid of each document, as the router finds it; no document's answer depends on another's."""
+    return np.asarray(squared_distances(h_ND, centroids_CD).argmin(axis=1))
+
+
+def two_nearest(
+    h_ND: NDArray[np.float64], centroids_CD: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The nearest and the second nearest centroid of each document, and by how much the second is farther (squared).
+
+    -1 where there is no second, -1 for both where no word is known; no margin counts there.
+    """
+    distance_NC = squared_distances(h_ND, centroids_CD)
+    two_N2 = np.full((len(h_ND), 2), -1, dtype=np.int64)
+    margin_N = np.zeros(len(h_ND))
+    known_N = h_ND.any(axis=1)
+    order_NC = np.argsort(distance_NC, axis=1, kind="stable")[:, :2]
+    two_N2[known_N, : order_NC.shape[1]] = order_NC[known_N]
+    if order_NC.shape[1] == 2:
+        near_N2 = np.take_along_axis(distance_NC, order_NC, axis=1)
+        margin_N[known_N] = (near_N2[:, 1] - near_N2[:, 0])[known_N]
+    return two_N2, margin_N
+
+
+def squared_distances(h_ND: NDArray[np.float64], centroids_CD: NDArray[np.float64]) -> NDArray[np.float64]:
+    """||h - c||^2 as distance_NC, each row by itself: a matrix product's last bits depend on the rows beside it."""
     distance_NC = np.empty((len(h_ND), len(centroids_CD)))
     for cluster, centroid_D in enumerate(centroids_CD):
         distance_NC[:, cluster] = np.square(h_ND - centroid_D).sum(axis=1)
-    return np.asarray(distance_NC.argmin(axis=1))
+    return distance_NC

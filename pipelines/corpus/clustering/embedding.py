@@ -1,6 +1,6 @@
 """Documents to unit vectors: tf-idf and SVD fitted on a sample of the training split (c-BTM, arXiv 2303.14177, 3.1).
 
-Shape letters: N documents, V words of the vocabulary, D dimensions of the embedding.
+Shape letters: N documents, M snippets, V words of the vocabulary, D dimensions of the embedding.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 
-from pipelines.corpus.clustering.assign import first_texts, located, unit
+from pipelines.corpus.clustering.assign import embed_texts, first_texts, located, unit
+from pipelines.corpus.clustering.passages import Passages
 from pipelines.corpus.over import Progress
 from ulm.corpus.manifest import Corpus
 from ulm.errors import ConfigError
@@ -26,12 +27,40 @@ MAX_FIT_DOCUMENTS = 20_000  # of the training split, chosen by seed
 
 @dataclass(frozen=True)
 class Sample:
-    """Training documents that have a known word, embedded: what clusters are fitted on."""
+    """Training documents that have a known word, and passages of them, embedded: what clusters are fitted on."""
 
     rows: NDArray[np.int64]  # of documents.parquet
     h_ND: NDArray[np.float64]  # unit vectors
     tokens_N: NDArray[np.int64]
     share: float  # of the training tokens that were looked at, those of documents without a known word included
+    snippet_h_MD: NDArray[np.float64]  # of short passages that say what is far; zeros where no word is known
+    passage_h_MD: NDArray[np.float64]  # of those that a head learns from
+    document_M: NDArray[np.int64]  # which of the documents each of these is from
+
+    @classmethod
+    def of(
+        cls,
+        embedder: Embedder,
+        rows: NDArray[np.int64],
+        h_ND: NDArray[np.float64],
+        tokens_N: NDArray[np.int64],
+        passages: Passages,
+        share: float = 1.0,
+    ) -> Sample:
+        """Those of these documents that have a known word, with the passages cut from them that have one."""
+        known_N = h_ND.any(axis=1)
+        place_N = np.cumsum(known_N) - 1
+        passage_h_MD, document_M = embed_texts(embedder, passages.texts), np.array(passages.document, dtype=np.int64)
+        usable_M = passage_h_MD.any(axis=1) & known_N[document_M]
+        return cls(
+            rows[known_N],
+            h_ND[known_N],
+            tokens_N[known_N],
+            share,
+            embed_texts(embedder, passages.snippets),
+            passage_h_MD[usable_M],
+            place_N[document_M[usable_M]],
+        )
 
 
 def fit_embedder(corpus: Corpus, config: Clustering, progress: Progress) -> tuple[Embedder, Sample]:
@@ -41,9 +70,11 @@ def fit_embedder(corpus: Corpus, config: Clustering, progress: Progress) -> tupl
     if len(train) > MAX_FIT_DOCUMENTS:
         chosen = np.sort(np.random.default_rng(config.seed).choice(train, MAX_FIT_DOCUMENTS, replace=False))
     vectorizer = TfidfVectorizer(analyzer=content_words, max_features=config.max_features)
+    tokens_N = corpus.documents["num_tokens"].to_numpy()
+    passages = Passages(tokens_N[chosen], config.seed)
     texts = _counted(first_texts(corpus, located(corpus, chosen)), len(chosen), progress)
     try:
-        tf_idf_NV = vectorizer.fit_transform(texts)
+        tf_idf_NV = vectorizer.fit_transform(passages.of(texts))
     except ValueError as error:  # scikit-learn's "empty vocabulary"
         raise ConfigError("corpus", f"no words to cluster by: {error}", "clusters need text with words") from None
     num_documents, num_words = tf_idf_NV.shape
@@ -53,10 +84,8 @@ def fit_embedder(corpus: Corpus, config: Clustering, progress: Progress) -> tupl
     vocabulary = {word: int(row) for word, row in vectorizer.vocabulary_.items()}
     embedder = Embedder(vocabulary, np.asarray(vectorizer.idf_, dtype=np.float64), components_VD)
     h_ND = unit(tf_idf_NV @ components_VD)
-    known_N = h_ND.any(axis=1)
-    tokens_N = corpus.documents["num_tokens"].to_numpy()
     share = float(tokens_N[chosen].sum() / tokens_N[train].sum())
-    return embedder, Sample(chosen[known_N], h_ND[known_N], tokens_N[chosen[known_N]], share)
+    return embedder, Sample.of(embedder, chosen, h_ND, tokens_N[chosen], passages, share)
 
 
 def _counted(texts: Iterator[str], total: int, progress: Progress) -> Iterator[str]:

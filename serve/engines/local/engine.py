@@ -9,7 +9,6 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -17,14 +16,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from serve.contracts import GenerateRequest, MemberInfo, RouterWeights, TokenChunk
+from serve.contracts import GenerateRequest, MemberInfo, TokenChunk
 from serve.engines.local.answer import Answer, Want
 from serve.engines.local.members import Members, Source
 from serve.engines.local.scheduler import Scheduler
 from ulm import runtime
 from ulm.errors import RequestError, UlmError, UnsupportedError
 from ulm.registry import KindConfig, register
-from ulm.swarm.router import Router
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -68,7 +66,6 @@ class LocalEngine:
             torch.set_num_threads(config.threads)
         self._scheduler = Scheduler(config.max_answers, config.max_batch_tokens, config.max_waiting)
         self._members = Members(config, self._device, self._do)
-        self._routers: dict[str, Router] = {}
         self._is_closed = False
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="local-engine", daemon=True)
@@ -187,11 +184,11 @@ class LocalEngine:
 
     async def _begin(self, request: GenerateRequest, want: Want) -> Answer:
         """An answer over members that are loaded now; those put away are loaded first."""
-        asked = request.weights
-        named = asked.members if isinstance(asked, RouterWeights) else [m for m, w in asked.items() if w > 0]
+        named = sorted(m for m, w in request.weights.items() if w > 0)  # in one order, whatever the request's
         for member in named:
             _check_tokens(request.tokens, self._members.source(member))
-        router = await self._router(asked) if isinstance(asked, RouterWeights) else None
+            if request.generated:
+                _check_tokens(request.generated, self._members.source(member), "generated")
         mailbox = Mailbox(asyncio.get_running_loop())
 
         def begin() -> Answer | None:
@@ -202,7 +199,7 @@ class LocalEngine:
                 raise UnsupportedError("members of one mixture must share a tokenizer")
             for loaded in members.values():
                 request.sampling.check(loaded.spec.vocab_size)
-            answer = Answer(request, members, router, want, mailbox)
+            answer = Answer(request, members, want, mailbox)
             self._scheduler.add(answer)
             return answer
 
@@ -220,16 +217,6 @@ class LocalEngine:
         if isinstance(found, Exception):
             raise found
         return found
-
-    async def _router(self, asked: RouterWeights) -> Router:
-        """A clustering's router, read once; RequestError where it weighs others than were named."""
-        if asked.path not in self._routers:
-            self._routers[asked.path] = await asyncio.to_thread(Router.load, Path(asked.path))
-        router = self._routers[asked.path]
-        if len(router.ids) != len(asked.members):
-            problem = f"the router in {asked.path} weighs {len(router.ids)} members, and {len(asked.members)} are named"
-            raise RequestError(f"weights: {problem}", param="weights")
-        return router
 
     async def score(self, member: str, tokens: Sequence[int]) -> list[float]:
         """log p(tokens[i] | tokens[:i]) for i >= 1, in nats."""
@@ -322,12 +309,12 @@ def _put_all(items: Sequence[tuple[Answer, Any]]) -> None:
         answer.mailbox.queue.put_nowait(item)
 
 
-def _check_tokens(tokens: Sequence[int], source: Source) -> None:
+def _check_tokens(tokens: Sequence[int], source: Source, name: str = "prompt") -> None:
     """RequestError for what is no token of a member's: it must never reach a table's rows."""
     ids = np.asarray(tokens)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise RequestError("prompt: token ids are whole numbers", param="prompt")
+        raise RequestError(f"{name}: token ids are whole numbers", param=name)
     wrong = ids[(ids < 0) | (ids >= source.spec.vocab_size)]
     if len(wrong):
         sizes = f"the vocabulary has {source.spec.vocab_size}, from 0 on"
-        raise RequestError(f"prompt: there is no token {wrong[0]}: {sizes}", param="prompt")
+        raise RequestError(f"{name}: there is no token {wrong[0]}: {sizes}", param=name)

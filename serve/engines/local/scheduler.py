@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from serve.contracts import RouterWeights, TokenLogprob
+from serve.contracts import TokenLogprob
 from serve.engines.local.answer import Answer, Choice
 from serve.engines.local.runner import Runner, Work
 from serve.engines.local.sampler import choose_all, logprobs_of
@@ -63,7 +63,7 @@ class Scheduler:
             problem = f"{answer.request.num_choices} choices at once, and this engine works on {self.max_answers}"
             raise ContextLengthError(f"n: {problem}", param="n", code="too_many_choices")
         num_tokens = min(
-            len(answer.request.tokens) + answer.max_tokens, *(m.spec.context_tokens for m in answer.members.values())
+            len(answer.request.tokens) + answer.num_to_reach, *(m.spec.context_tokens for m in answer.members.values())
         )
         for runner, num_seats in _seats_needed(answer).items():
             if not runner.fits(num_tokens, num_seats):
@@ -114,7 +114,7 @@ class Scheduler:
             if answer.cancelled:
                 self._leave(answer)
             elif deadline_s is not None and now_s - answer.received_s > deadline_s:
-                answer.degraded = "budget.max_ms reached"
+                answer.degraded = "ended by its deadline"
                 self._end_now(answer)
 
     def _admit(self) -> None:
@@ -131,12 +131,7 @@ class Scheduler:
                 continue
             if num_choices + answer.request.num_choices > self.max_answers:
                 break
-            try:
-                is_in = self._enter(answer)
-            except Exception as error:  # noqa: BLE001  a router's, for example: its answer's own, and nobody else's
-                self._fail(answer, error)
-                continue
-            if not is_in:
+            if not self._enter(answer):
                 blocked |= runners
                 continue
             num_choices += answer.request.num_choices
@@ -146,8 +141,6 @@ class Scheduler:
     def _enter(self, answer: Answer) -> bool:
         """Open the seats of an answer, with room for what it has to run; without, nothing is opened."""
         for choice in answer.unfinished:
-            if not choice.weights:
-                choice.begin_parts(choice.wanted_weights() or {}, "routed" if answer.router else "asked")
             if not self._seat(choice):
                 break
         else:
@@ -174,7 +167,7 @@ class Scheduler:
         max_shared = max(0, self._target(choice) - 1)
         if answer.want == "hidden" or (need_scores and (len(answer.members) > 1 or answer.request.prompt_logprobs)):
             max_shared = 0  # what is wanted of those tokens is not kept with their pages
-        for member in choice.weights:
+        for member in answer.members:
             if member in choice.seats:
                 continue
             loaded = answer.members[member]
@@ -207,7 +200,7 @@ class Scheduler:
     def _behind(self, choice: Choice) -> int:
         """Tokens that the member which lacks most has to run."""
         seats, target = choice.seats, self._target(choice)
-        if len(seats) < len(choice.weights):
+        if len(seats) < len(choice.answer.members):
             return target
         return target - min(int(seat.num_known) for seat in seats.values())
 
@@ -215,10 +208,10 @@ class Scheduler:
         answer = choice.answer
         if answer not in self.running:  # it has just given its memory to another
             return
-        if len(choice.seats) < len(choice.weights) and not self._seat(choice):
+        if len(choice.seats) < len(answer.members) and not self._seat(choice):
             self._preempt(answer, planned)
             return
-        known = {member: choice.seats[member].num_known for member in choice.weights}
+        known = {member: choice.seats[member].num_known for member in answer.members}
         start = min(known.values())
         target = self._target(choice)
         if start >= target:  # a prompt of one token that is only looked at
@@ -238,7 +231,7 @@ class Scheduler:
                 if victim is answer:
                     return
         tokens = choice.tokens[start:stop]
-        want = self._want(choice, stop, is_whole=len(members) == len(choice.weights))
+        want = self._want(choice, stop, is_whole=len(members) == len(answer.members))
         work = tuple(Work(choice.seats[member], start, tokens, want) for member in members)
         planned[choice] = Piece(choice, start, stop, members, work)
         self._left -= len(tokens) * len(members)
@@ -323,7 +316,7 @@ class Scheduler:
             if is_last:
                 self._give(answer, answer.hidden_sum / len(choice.tokens))
             return False
-        if piece.stop < self._target(choice) or len(piece.members) < len(choice.weights):
+        if piece.stop < self._target(choice) or len(piece.members) < len(answer.members):
             return False
         if answer.want == "next":
             self._give(answer, self._logits([piece], [0])[0].log_softmax(-1))
@@ -373,7 +366,9 @@ class Scheduler:
                 torch.stack([found[begin + offsets[n]] for found, begin, _ in pieces[n].rows]) for n in numbers
             ]
             logprobs_CNV = torch.stack(of_members).log_softmax(-1)
-            weights_CN = torch.tensor([[pieces[n].choice.weights[m] for m in pieces[n].members] for n in numbers])
+            weights_CN = torch.tensor(
+                [[pieces[n].choice.answer.weights[m] for m in pieces[n].members] for n in numbers]
+            )
             mixed_CV = mix_logprobs(logprobs_CNV, weights_CN.to(logprobs_CNV.device))
             for n, row_V in zip(numbers, mixed_CV, strict=True):
                 rows[n] = row_V
@@ -399,11 +394,7 @@ class Scheduler:
         tokens = choose_all(logits_BV, [choice.row for choice in drawn])
         entries = self._entries(logits_BV, drawn, tokens)
         for choice, token, entry in zip(drawn, tokens, entries, strict=True):
-            try:
-                self._append(choice, token, entry)
-            except Exception as error:  # noqa: BLE001  a router's, for example: its answer's own, and nobody else's
-                if choice.answer in self.running:
-                    self._fail(choice.answer, error)
+            self._append(choice, token, entry)
         for answer in {id(choice.answer): choice.answer for choice in drawn}.values():
             self._send(answer)
 
@@ -433,13 +424,9 @@ class Scheduler:
 
     def _append(self, choice: Choice, token: int, entry: TokenLogprob | None) -> None:
         answer = choice.answer
-        if answer not in self.running:  # ended by an error of another of its choices
-            return
         if token == answer.tokenizer.eot_id:
-            choice.count(ended=True)
             self._finish(choice, "stop")
             return
-        choice.count(ended=False)
         choice.tokens.append(token)
         self.num_generated_tokens += 1
         choice.row.append(token)
@@ -451,25 +438,8 @@ class Scheduler:
                 choice.held_logprobs.append(entry)
         if choice.text.stopped:
             self._finish(choice, "stop")
-        elif choice.num_generated >= answer.max_tokens:
+        elif choice.num_generated >= answer.num_to_reach:
             self._finish(choice, "length")
-        elif answer.router is not None:
-            self._reweigh(choice)
-
-    def _reweigh(self, choice: Choice) -> None:
-        """New weights for a routed choice where it is time. Without calls or seats left it keeps those it has."""
-        weights = choice.wanted_weights()
-        if weights is None:
-            return
-        answer, asked = choice.answer, choice.answer.request.weights
-        joining = [member for member in weights if member not in choice.weights]
-        if isinstance(asked, RouterWeights) and asked.max_calls is not None:
-            if sum(len(c.parts) for c in answer.choices) + len(joining) > asked.max_calls:
-                answer.degraded = "budget.max_calls reached: members kept"
-                return
-        choice.begin_parts(weights, "re-routed")
-        for member in [m for m in choice.seats if m not in weights]:
-            answer.members[member].runner.close(choice.seats.pop(member))
 
     # ---- what is sent
 
@@ -504,7 +474,7 @@ class Scheduler:
             chunks[0] = replace(chunks[0], prompt_logprobs=tuple(answer.prompt_logprobs))
             answer.prompt_sent = True
         if has_ended:
-            chunks[-1] = replace(chunks[-1], calls=answer.calls(), degraded=answer.degraded)
+            chunks[-1] = replace(chunks[-1], degraded=answer.degraded)
             if answer in self.running or answer in self.waiting:
                 self._leave(answer)
         self.outbox += [(answer, chunk) for chunk in chunks]
@@ -513,9 +483,6 @@ class Scheduler:
 def _seats_needed(answer: Answer) -> dict[Runner, int]:
     """Sequences that an answer can hold at once with each runner."""
     needed: dict[Runner, int] = {}
-    asked = answer.request.weights
     for loaded in answer.members.values():
-        needed[loaded.runner] = needed.get(loaded.runner, 0) + 1
-    if isinstance(asked, RouterWeights):
-        needed = {runner: min(count, asked.top_k) for runner, count in needed.items()}
-    return {runner: count * answer.request.num_choices for runner, count in needed.items()}
+        needed[loaded.runner] = needed.get(loaded.runner, 0) + answer.request.num_choices
+    return needed

@@ -1,10 +1,11 @@
 """The comparison that decides: bits per byte by domain for dense, route, mixture, and what stands beside them.
 
 How it is scored, the same for every column: the first 32 tokens of a document are context and never scored, neither is
-<|endoftext|>. A document is scored in pieces of the context's length, as training cuts it. Route and mixture weigh the
-experts anew every W tokens from the text before the window alone; p = sum_j w_j p_j in probability space.
+<|endoftext|>. A document is scored in pieces of the context's length, as training cuts it. Route and mixtures weigh the
+experts anew every W tokens from the text before the window alone, by the same functions as the endpoint
+(ulm/swarm/routing.py); p = sum_j w_j p_j in probability space.
 
-Shape letters: T tokens of a document, N experts, B pieces, V vocabulary.
+Shape letters: T tokens of a document, N experts, W windows, B pieces, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,9 +31,11 @@ from ulm.recipes.train import Evaluation
 from ulm.swarm.embed import MAX_CHARS
 from ulm.swarm.manifest import SEED, Swarm
 from ulm.swarm.mixture import mix_logprobs
-from ulm.swarm.router import Router, top_k
+from ulm.swarm.router import Router
+from ulm.swarm.routing import By, chosen, weigh
 from ulm.tokenizers.tokenizer import Tokenizer
 
+PROTOCOL = 2  # raise it when the same swarm would get another table
 CONTEXT = 32  # tokens of a document's beginning that nobody is scored on
 MAX_DOCUMENT_SHARE = 10  # a document gives at most a tenth of its domain's tokens, so that no single one decides
 BATCH_TOKENS = 4_096  # of one forward pass: more does not get faster on a CPU
@@ -106,13 +110,42 @@ def _batches(pieces: list[tuple[int, int, list[int]]]) -> Iterator[list[tuple[in
         start += size
 
 
-def window_weights(router: Router, tokenizer: Tokenizer, text: HeldOut, every_tokens: int) -> NDArray[np.float64]:
-    """The router's weights for each scored token, as weight_TN: constant over a window, from the text before it."""
-    starts = range(CONTEXT, len(text.tokens), every_tokens)
-    # A character has at most 4 bytes and a token at least one, so this much surely holds what the router looks at.
-    before = (tokenizer.decode(text.tokens[max(0, start - 4 * MAX_CHARS) : start]) for start in starts)
-    weight_WN = np.stack([router.weights(passage) for passage in before])
-    return weight_WN.repeat(every_tokens, axis=0)[: len(text.tokens) - CONTEXT]
+def windows(text: HeldOut, every_tokens: int) -> range:
+    """Where each window of a text begins; the router is asked with what stands before."""
+    return range(CONTEXT, len(text.tokens), every_tokens)
+
+
+def text_before(tokenizer: Tokenizer, text: HeldOut, start: int) -> str:
+    """The text before a window, or as much of its end as the router looks at."""
+    # A character has at most 4 bytes and a token at least one, so this much surely holds it.
+    return tokenizer.decode(text.tokens[max(0, start - 4 * MAX_CHARS) : start])
+
+
+def window_weights(
+    router: Router,
+    tokenizer: Tokenizer,
+    text: HeldOut,
+    every_tokens: int,
+    by: By = "clusterer",
+    logprob_TN: NDArray[np.float64] | None = None,
+    context_tokens: int = 1,
+) -> NDArray[np.float64]:
+    """Weights of the experts for each window, as weight_WN, each from the text before it.
+
+    By likelihood or product, `logprob_TN` is what the experts gave every token of the text; as at the endpoint, those
+    count that a model sees at once, which is the last `context_tokens` with <|endoftext|> at the text's beginning.
+    """
+    nats_TN = None if logprob_TN is None else np.concatenate([np.zeros_like(logprob_TN[:1]), logprob_TN]).cumsum(axis=0)
+    found = []
+    for start in windows(text, every_tokens):
+        nats_N = None if nats_TN is None else nats_TN[start] - nats_TN[max(0, start - context_tokens + 1)]
+        found.append(weigh(router, text_before(tokenizer, text, start), by, nats_N))
+    return np.stack(found)
+
+
+def by_token(window_WN: NDArray[np.float64], text: HeldOut, every_tokens: int) -> NDArray[np.float64]:
+    """Weights of windows as weights of their scored tokens: weight_TN."""
+    return window_WN.repeat(every_tokens, axis=0)[: len(text.tokens) - CONTEXT]
 
 
 def mixed(logprob_TN: NDArray[np.float64], weight_TN: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -125,13 +158,15 @@ def evaluate_swarm(
     corpus: Corpus,
     config: Evaluation,
     *,
+    others: Mapping[str, Path] | None = None,
     device: torch.device | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """The table of a swarm on its corpus: see `table`. Columns: dense, route, mixture, seed, oracle, random.
+    """The table of a swarm on its corpus: see `table`.
 
-    `oracle` is the best expert of each document by its true loss; `random` is the mixture of the random control. A
-    control that the swarm lacks has no column. `on_progress(model, done, models)` tells the caller how far it is.
+    Columns: dense, dense_flops, seed, those of `swarm_columns`, random (the mixture of the random control) and
+    random_route (its route), and a model of its own for each step directory of `others`. A control that the swarm
+    lacks has no column. `on_progress(model, done, models)` tells the caller how far it is.
     """
     router = swarm.router()
     assert router is not None, "a swarm that swarm train wrote has a router"
@@ -139,23 +174,30 @@ def evaluate_swarm(
     if not texts:
         raise CorpusError(f"{corpus.folder}: no held-out document is longer than {CONTEXT} tokens; raise split.test")
     controls = swarm.manifest.controls
-    paths = {name: swarm.checkpoint(name) for name in [*router.ids, *([SEED] if SEED in swarm.members else [])]}
-    if controls.dense:
-        paths["dense"] = swarm.path_of(controls.dense)
+    dense = {"dense": controls.dense, "dense_flops": controls.dense_flops}
+    alone = {name: swarm.path_of(entry) for name, entry in dense.items() if entry} | dict(others or {})
+    if SEED in swarm.members:
+        alone[SEED] = swarm.checkpoint(SEED)
+    paths = {f"expert {name}": swarm.checkpoint(name) for name in router.ids} | alone
     if controls.random:
         paths |= {f"random {name}": swarm.path_of(entry) for name, entry in controls.random.members.items()}
     logprobs = {}
     for done, (name, path) in enumerate(paths.items(), start=1):
         model, _ = store.load(path, device)
-        logprobs[name] = [logprob_T[CONTEXT:] for logprob_T in score(model, texts, corpus.tokenizer.eot_id)]
+        logprobs[name] = score(model, texts, corpus.tokenizer.eot_id)
         if on_progress:
-            on_progress(name, done, len(paths))
-    columns = {name: logprobs[name] for name in ("dense", SEED) if name in logprobs}
-    columns |= swarm_columns(texts, [logprobs[name] for name in router.ids], router, corpus.tokenizer, config)
+            on_progress(name.removeprefix("expert "), done, len(paths))
+    columns = {name: [logprob_T[CONTEXT:] for logprob_T in logprobs[name]] for name in alone}
+    context_tokens = store.read_spec(swarm.checkpoint(router.ids[0])).context_tokens
+
+    def of_swarm(of: str, router: Router) -> dict[str, list[NDArray[np.float64]]]:
+        experts = [logprobs[f"{of} {name}"] for name in router.ids]
+        return swarm_columns(texts, experts, router, corpus.tokenizer, config, context_tokens, columns.get(SEED))
+
+    columns |= of_swarm("expert", router)
     if controls.random:
-        control = swarm.open_router(controls.random.router)
-        experts = [logprobs[f"random {name}"] for name in control.ids]
-        columns["random"] = swarm_columns(texts, experts, control, corpus.tokenizer, config)["mixture"]
+        control = of_swarm("random", swarm.open_router(controls.random.router))
+        columns |= {"random": control["mixture"], "random_route": control["route"]}
     return table(texts, columns, corpus.tokenizer)
 
 
@@ -165,16 +207,40 @@ def swarm_columns(
     router: Router,
     tokenizer: Tokenizer,
     config: Evaluation,
+    context_tokens: int,
+    seed: Sequence[NDArray[np.float64]] | None = None,
 ) -> dict[str, list[NDArray[np.float64]]]:
-    """Logprobs of the scored tokens for route, mixture and oracle; `experts` holds each expert's, in router order."""
-    columns: dict[str, list[NDArray[np.float64]]] = {"route": [], "mixture": [], "oracle": []}
+    """Logprobs of the scored tokens for route, mixtures and oracle, by the strategies' defaults at the endpoint.
+
+    `route` is the router's best, or the seed where the text before is far from every cluster; `mixture` the top k by
+    the clusterer, `mixture_likelihood` and `mixture_product` by what the experts made of the text; `oracle` the best
+    expert of each document by its true loss. `experts` holds each expert's logprobs of all tokens, in router order,
+    `seed` the seed's of the scored ones.
+    """
+    mixtures: dict[str, By] = {"mixture": "clusterer", "mixture_likelihood": "likelihood", "mixture_product": "product"}
+    columns: dict[str, list[NDArray[np.float64]]] = {name: [] for name in ("route", *mixtures, "oracle")}
     for index, text in enumerate(texts):
         logprob_TN = np.stack([expert[index] for expert in experts], axis=1)
-        weight_TN = window_weights(router, tokenizer, text, config.every_tokens)
-        for name, k in (("route", 1), ("mixture", config.top_k)):
-            columns[name].append(mixed(logprob_TN, top_k(weight_TN, k)))
-        columns["oracle"].append(logprob_TN[:, logprob_TN.sum(axis=0).argmax()])
+        scored_TN = logprob_TN[CONTEXT:]
+        for name, by in mixtures.items():
+            window_WN = window_weights(router, tokenizer, text, config.every_tokens, by, logprob_TN, context_tokens)
+            most_WN = np.stack([chosen(weight_N, config.top_k) for weight_N in window_WN])
+            columns[name].append(mixed(scored_TN, by_token(most_WN, text, config.every_tokens)))
+            if by == "clusterer":
+                best_WN = np.stack([chosen(weight_N, 1) for weight_N in window_WN])
+                routed_T = mixed(scored_TN, by_token(best_WN, text, config.every_tokens))
+                if seed is not None:
+                    is_far_T = far_tokens(router, tokenizer, text, config.every_tokens)
+                    routed_T = np.where(is_far_T, seed[index], routed_T)
+                columns["route"].append(routed_T)
+        columns["oracle"].append(scored_TN[:, scored_TN.sum(axis=0).argmax()])
     return columns
+
+
+def far_tokens(router: Router, tokenizer: Tokenizer, text: HeldOut, every_tokens: int) -> NDArray[np.bool_]:
+    """Which scored tokens lie in a window before which the text is far from every cluster."""
+    is_far = [router.is_far(text_before(tokenizer, text, start)) for start in windows(text, every_tokens)]
+    return np.array(is_far).repeat(every_tokens)[: len(text.tokens) - CONTEXT]
 
 
 def table(

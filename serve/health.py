@@ -1,0 +1,34 @@
+"""Which members are worth asking: one that has just failed is left alone for a while."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+COOLDOWN_S = 5.0  # about what a replica of Ray Serve takes to be started again
+
+
+class Health:
+    """What the answers of one gateway have learned of its members. Times are the event loop's."""
+
+    def __init__(self, cooldown_s: float = COOLDOWN_S) -> None:
+        self._cooldown_s, self._down_until_s = cooldown_s, dict[str, float]()
+
+    def failed(self, members: Iterable[str]) -> None:
+        """These did not answer: they are not asked for some seconds."""
+        until_s = asyncio.get_running_loop().time() + self._cooldown_s
+        self._down_until_s |= dict.fromkeys(members, until_s)
+
+    def answered(self, members: Iterable[str]) -> None:
+        """These answered."""
+        for member in members:
+            self._down_until_s.pop(member, None)
+
+    def is_up(self, member: str) -> bool:
+        """Whether a member is worth asking."""
+        return self._down_until_s.get(member, 0.0) <= asyncio.get_running_loop().time()
+
+    def wait_s(self, members: Iterable[str]) -> float:
+        """Seconds until the first of these is asked again, at least one: what Retry-After says."""
+        now_s = asyncio.get_running_loop().time()
+        return max(1.0, min((self._down_until_s.get(m, 0.0) - now_s for m in members), default=1.0))

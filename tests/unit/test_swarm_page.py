@@ -1,0 +1,108 @@
+"""docs/swarm.md is true: its tables are the code's, its recipe is one, its commands run, its numbers are the rule's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from pipelines.swarm.rule import Rule, Setting
+from serve.contracts import Call, Ledger
+from tests.written_corpus import write_corpus
+from ulm import registry
+from ulm.cli.main import app
+from ulm.recipes import load_recipe
+from ulm.recipes.serve import Budget
+from ulm.recipes.train import SwarmRecipe, TrainingRecipe
+
+PAGE = (Path(__file__).parents[2] / "docs/swarm.md").read_text(encoding="utf-8")
+EIGHT_KINDS = Setting(50.0, 8, 0.49)  # the centre of `ulm bench swarm`
+KINDS = {
+    "law": "court judge appeal statute",
+    "code": "lambda return import class",
+    "food": "bread soup salt oven",
+    "music": "violin tempo chorus melody",
+}
+ROUNDING = 0.035  # of a ratio that the page says in words: a tenth, a fifth
+
+
+def section(heading: str) -> str:
+    text = PAGE.partition(f"\n## {heading}\n")[2]
+    assert text, heading
+    return text.partition("\n## ")[0]
+
+
+def tables(heading: str) -> list[list[list[str]]]:
+    """The rows of a section's tables, as cells, without their heads."""
+    found = re.findall(r"(?:^\|.*\n?)+", section(heading), re.MULTILINE)
+    rows = [[line.strip("|").split("|") for line in table.splitlines()[2:]] for table in found]
+    return [[[cell.strip() for cell in row] for row in table] for table in rows]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+
+
+def test_every_field_of_a_swarms_recipe_stands_in_its_table_with_its_default():
+    (rows,) = tables("Training")
+    listed = {name.strip("`"): yaml.safe_load(default.strip("`")) for name, default, _ in rows}
+    own = {name: field for name, field in SwarmRecipe.model_fields.items() if name not in TrainingRecipe.model_fields}
+    defaults = {name: field.default for name, field in own.items() if name not in ("clustering", "evaluation")}
+    assert listed == defaults
+    assert "`clustering:` and `evaluation:` are sections of their own" in section("Training")
+
+
+def test_every_strategy_stands_in_its_table_with_its_settings():
+    (rows,) = tables("Answering")
+    listed = {name.strip("`"): dict(re.findall(r"`(\w+): ([^`]+)`", settings)) for name, _, settings in rows}
+    assert set(listed) == set(registry.kinds("strategy"))
+    for kind, settings in listed.items():
+        config = registry.configure("strategy", {"kind": kind}).model_dump(mode="json", exclude={"kind"})
+        assert {name: yaml.safe_load(value) for name, value in settings.items()} == config, kind
+
+
+def test_bounds_and_ledger_are_those_of_the_code():
+    bounds, ledger = tables("Budget and ledger")
+    assert [row[0].strip("`") for row in bounds] == list(Budget.model_fields)
+    assert [row[0].strip("`") for row in ledger] == [field.name for field in dataclasses.fields(Ledger)]
+    calls = next(row[1] for row in ledger if row[0] == "`calls`")
+    assert set(re.findall(r"`(\w+)`", calls)) == {field.name for field in dataclasses.fields(Call)}
+
+
+def test_the_numbers_are_the_rules():
+    text, rule = " ".join(section("When it pays").split()), Rule.fit()
+    start = rule.pays_from(EIGHT_KINDS)
+    assert f"ahead from about {start:.0f} tokens per parameter" in text
+    said = {10: ("a tenth at 10", 0.1), 50: ("a fifth at 50", 0.2)}
+    for tokens, (words, ahead_by) in said.items():
+        assert words in text
+        ratio = rule.forecast(replace(EIGHT_KINDS, tokens_per_parameter=float(tokens))).ratio
+        assert ratio == pytest.approx(1 - ahead_by, abs=ROUNDING)
+
+
+def test_the_recipe_of_the_page_is_planned_by_the_commands_of_the_page(tmp_path, monkeypatch):
+    generator = random.Random(0)
+    documents = [
+        (kind, ("train", "train", "val", "test")[n % 4], " ".join(generator.choices(words.split(), k=300)))
+        for n in range(40)
+        for kind, words in KINDS.items()
+    ]
+    write_corpus(tmp_path / "home", documents, name="topics")
+    monkeypatch.setenv("ULM_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (text,) = blocks("yaml")
+    Path("swarm.yaml").write_text(text, encoding="utf-8")
+    assert isinstance(load_recipe("swarm train", Path("swarm.yaml")), SwarmRecipe)
+    commands = [shlex.split(line[2:])[1:] for block in blocks("console") for line in block.splitlines()]
+    done = [CliRunner().invoke(app, words, catch_exceptions=False) for words in commands]
+    first, second = (json.loads(it.stdout.splitlines()[-1]) for it in done)
+    assert (first["experts"], second["experts"]) == (4, 2)
+    assert second["tokens_per_parameter"] == pytest.approx(50, rel=0.01)  # rounded up to a whole step
