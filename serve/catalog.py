@@ -27,7 +27,7 @@ class Model:
 
     @property
     def tokenizer(self) -> Any:
-        """The one tokenizer of its members."""
+        """Its first member's: prompts are read in it, and strategies go on in another where members differ."""
         return next(iter(self.members.values())).tokenizer
 
 

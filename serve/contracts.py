@@ -13,7 +13,7 @@ from torch import Tensor
 from serve.health import Health
 from ulm.errors import RequestError
 from ulm.models.sampling import Sampling
-from ulm.recipes.serve import Budget
+from ulm.recipes.serve import PATIENCE_S, Budget
 from ulm.tokenizers.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -213,6 +213,7 @@ class SwarmContext:
     router: Router | None = None
     fallback: tuple[str, ...] = ()  # members that answer, in this order, when those that should do not
     health: Health = field(default_factory=Health)
+    patience_s: float = PATIENCE_S  # a member that says nothing for so long has failed
 
 
 @dataclass

@@ -28,7 +28,8 @@ class Gateway:
 
     def __init__(self, plan: Plan, engine: dict[str, Any], *handles: DeploymentHandle) -> None:
         self._host: EngineHost | None = None
-        engines: list[Engine] = [RemoteEngine(handle) for handle in handles]
+        # Strategies stop waiting first: they know whom else to ask.
+        engines: list[Engine] = [RemoteEngine(handle, 2 * plan.patience_s) for handle in handles]
         if not handles:
             checkpoints = {name: str(member.checkpoint) for name, member in plan.members.items()}
             self._host = EngineHost(engine, checkpoints, "gateway")
@@ -45,7 +46,7 @@ class Gateway:
                     name, by_group[names], tokenizer, spec.context_tokens, planned.cluster, planned.domain
                 )
         router = Router.load(plan.router) if plan.router else None
-        context = SwarmContext(router, plan.fallback)
+        context = SwarmContext(router, plan.fallback, patience_s=plan.patience_s)
         self._catalog = Catalog(members, context, plan.strategy, plan.budget, plan.limits)
 
     async def check_health(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,9 @@ from serve.contracts import Engine, GenerateRequest, MemberInfo, TokenChunk
 from serve.metrics import recorder
 from ulm import registry
 from ulm.errors import MemberDownError
+from ulm.recipes.serve import PATIENCE_S
 
 STATS_PERIOD_S = 5.0
-PATIENCE_S = 30.0  # for any reply; a strategy that wants it sooner stops waiting
 SECONDS_A_TOKEN = 0.5  # more, for each token of an answer in one piece
 LOAD_S = 600.0  # more, for weights to be read
 CANCEL_S = 0.1  # from the cancelling of a request's calls to its own, across threads
@@ -90,8 +90,9 @@ class EngineReplica:
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
         """Chunks as they come."""
-        async for chunk in self._engine.generate(request):
-            yield chunk
+        async with aclosing(self._engine.generate(request)) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                yield chunk
 
     async def generate_whole(self, request: GenerateRequest) -> list[TokenChunk]:
         """All chunks as one a choice: a single message where the client does not stream."""

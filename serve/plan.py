@@ -10,7 +10,7 @@ from serve.catalog import within
 from ulm.checkpoints import store
 from ulm.checkpoints.manifest import read_manifest, verify
 from ulm.errors import ConfigError, did_you_mean
-from ulm.recipes.serve import Budget, Limits, ServeRecipe
+from ulm.recipes.serve import PATIENCE_S, Budget, Limits, ServeRecipe
 from ulm.swarm.manifest import SEED, Swarm
 
 
@@ -35,6 +35,7 @@ class Plan:
     swarm: Path | None
     fallback: tuple[str, ...] = ()
     limits: Limits = Limits()
+    patience_s: float = PATIENCE_S
 
 
 def _verified(checkpoint: Path) -> Path:
@@ -76,4 +77,4 @@ def make_plan(recipe: ServeRecipe, *, root: Path, near: Path | None) -> Plan:
             raise ConfigError(f"fallback.{number}", f"no member {name!r} is served", did_you_mean(name, members))
     within(recipe.limits, strategy)
     groups = tuple(tuple(names[i : i + size]) for i in range(0, len(names), size))
-    return Plan(members, groups, strategy, budget, router, folder, fallback, recipe.limits)
+    return Plan(members, groups, strategy, budget, router, folder, fallback, recipe.limits, recipe.patience_s)

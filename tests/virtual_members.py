@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from serve.contracts import GenerateRequest, Member, TokenChunk, TokenLogprob
-from ulm.errors import MemberDownError
+from ulm.errors import MemberDownError, OverloadedError
 from ulm.models.text_stream import TextStream
 from ulm.swarm.embed import Embedder
 from ulm.swarm.router import Router
@@ -19,7 +19,7 @@ from ulm.tokenizers.byte import byte_tokenizer
 from ulm.tokenizers.tokenizer import Tokenizer
 
 T = TypeVar("T")
-Way = Literal["well", "dies", "hangs", "too much", "wrong shape", "no end"]
+Way = Literal["well", "dies", "hangs", "too much", "wrong shape", "no end", "overloaded", "no number", "no token"]
 LIKELY = -0.01  # log-probability of the token that a member would choose
 WORDS = ("alpha", "bravo", "charlie", "delta")  # what the experts of `router` know, one each
 
@@ -75,7 +75,8 @@ class VirtualEngine:
     heeds_deadlines: bool = True
     open_calls: int = 0  # under way now
     asked: list[tuple[str, str]] = field(default_factory=list)  # what was asked of whom
-    said: int = 0  # tokens that members have generated
+    said: int = 0  # tokens that members have generated, and looks at what comes next
+    generated: int = 0  # of these the tokens of answers
 
     async def _step(self) -> None:
         await asyncio.sleep(self.delay_s)
@@ -83,6 +84,8 @@ class VirtualEngine:
             await asyncio.sleep(1e9)
         if self.said >= self.fails_after and self.way == "dies":
             raise MemberDownError("its process is gone")
+        if self.said >= self.fails_after and self.way == "overloaded":
+            raise OverloadedError("too many are waiting", code="overloaded")
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
         request.check()
@@ -101,8 +104,13 @@ class VirtualEngine:
                 token = following(tokens)
                 tokens.append(token)
                 stream.push(token)
+                is_wrong = self.said >= self.fails_after
                 new, self.said = new + 1, self.said + len(request.weights)
-                entry = () if request.num_top_logprobs is None else (TokenLogprob(token, LIKELY),)
+                self.generated += len(request.weights)
+                likely = np.nan if is_wrong and self.way == "no number" else LIKELY
+                entry = () if request.num_top_logprobs is None else (TokenLogprob(token, likely),)
+                if is_wrong and self.way == "no token":
+                    token = TOKENIZER.vocab_size
                 late = asyncio.get_running_loop().time() - started_s >= (request.deadline_s or 1e12)
                 ends = "stop" if stream.stopped else "length" if late and self.heeds_deadlines else None
                 chunk = TokenChunk(
@@ -130,6 +138,8 @@ class VirtualEngine:
             size = TOKENIZER.vocab_size
             if self.way == "wrong shape":
                 size += 1
+            if self.way == "no number":
+                return np.full(size, np.nan, dtype=np.float32)
             row = np.full(size, np.log((1 - np.exp(LIKELY)) / (size - 1)), dtype=np.float32)
             row[following(tokens)] = LIKELY
             return row
@@ -141,7 +151,8 @@ class VirtualEngine:
         self.open_calls += 1
         try:
             await self._step()
-            return [LIKELY * (1 + int(member[1:])) for _ in tokens[1:]]
+            likely = np.nan if self.way == "no number" else LIKELY * (1 + int(member[1:]))
+            return [likely for _ in tokens[self.way != "wrong shape" :]]
         finally:
             self.open_calls -= 1
 

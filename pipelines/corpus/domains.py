@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from sklearn.metrics import normalized_mutual_info_score
 from threadpoolctl import threadpool_limits
 
@@ -25,7 +26,7 @@ from pipelines.corpus.clustering import assign, kmeans
 from pipelines.corpus.clustering.assign import first_texts, located
 from pipelines.corpus.clustering.embedding import Sample, fit_embedder, in_training
 from pipelines.corpus.clustering.head import fit_head
-from pipelines.corpus.clustering.passages import far_distance
+from pipelines.corpus.clustering.passages import far_distances
 from pipelines.corpus.over import Over, Progress, one_by_one, silent
 from ulm import artefacts
 from ulm.corpus.manifest import Corpus
@@ -37,7 +38,7 @@ from ulm.swarm.router import Head, Router
 MAX_CHOICE_DOCUMENTS = 5_000  # of the sample, on which numbers of clusters are compared
 ITEM_DOCUMENTS = 2_048  # that a worker is handed at once
 NUM_WORDS, NUM_TITLES, TITLE_CHARS = 12, 3, 80  # that a manifest gives of a cluster
-ALGORITHM = 3  # part of the digest: raise it when the same input would give other clusters
+ALGORITHM = 5  # part of the digest: raise it when the same input would give other clusters
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def router_of(
     tokens_C = train_tokens(corpus, assigned_NK[:, :1], len(centroids_CD))
     ids = [f"e{c:02d}" for c in range(len(centroids_CD))]
     shares_C = tokens_C / tokens_C.sum()
-    far, head = far_distance(sample.snippet_h_MD, centroids_CD), None
+    far, head = far_distances(sample.snippet_p_LMD, centroids_CD), None
     if config.router == "linear":
         head = head_of(sample, assigned_NK[sample.rows, 0], len(centroids_CD))
     return Router(ids, embedder, centroids_CD.astype(np.float32), shares_C, config.temperature, far=far, head=head)
@@ -318,19 +319,21 @@ def _describe(corpus: Corpus, made: Fit) -> list[dict[str, Any]]:
     """What a reader wants to know of each cluster: its domains by tokens, its size, typical words, example titles."""
     embedder, centroids_CD = made.router.embedder, made.router.centroids_ND
     names = sorted(embedder.vocabulary, key=embedder.vocabulary.__getitem__)
+    telling_V = np.array([any(map(str.isalpha, name)) and name not in ENGLISH_STOP_WORDS for name in names])
     middle_D = centroids_CD.mean(axis=0) if len(centroids_CD) > 1 else 0
     documents = corpus.documents.select(["split", "domain", "num_tokens"])
     described = []
     for cluster, centroid_D in enumerate(centroids_CD):
         members = documents.filter(_within(made, cluster))
         domains, typical_V = _sums(members, "domain"), embedder.components_VD @ (centroid_D - middle_D)
+        typical_V = np.where(telling_V, typical_V, -np.inf)
         described.append(
             {
                 "domain": max(sorted(domains), key=domains.__getitem__, default=None),
                 "domains": domains,
                 "documents": members.num_rows,
                 "tokens": {"train": 0, **_sums(members, "split")},
-                "words": [names[row] for row in np.argsort(-typical_V, kind="stable")[:NUM_WORDS]],
+                "words": [names[row] for row in np.argsort(-typical_V, kind="stable")[:NUM_WORDS] if telling_V[row]],
                 "titles": _titles(corpus, made, cluster),
             }
         )

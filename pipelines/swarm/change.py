@@ -5,7 +5,7 @@ embedding of the new text, by the words that the router knew when it was fitted.
 the new expert's; the router's linear head, which was fitted without it, shares out the rest among the experts that it
 knows. When one of those is dropped the head's other rows stay.
 
-Shape letters: N documents, C experts, D dimensions of the embedding.
+Shape letters: N documents, L lengths, M snippets, C experts, D dimensions of the embedding.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from pipelines.corpus.clustering import kmeans
-from pipelines.corpus.clustering.assign import embed_texts, first_texts, located
+from pipelines.corpus.clustering.assign import embed_texts, first_texts, located, project_texts
 from pipelines.corpus.clustering.embedding import MAX_FIT_DOCUMENTS, in_training
-from pipelines.corpus.clustering.passages import Passages, far_distance
+from pipelines.corpus.clustering.passages import Passages, far_distances
 from ulm import artefacts
 from ulm.checkpoints.manifest import read_manifest
 from ulm.corpus.manifest import Corpus
@@ -42,7 +42,7 @@ def add(recipe: SwarmAddRecipe, *, root: Path, run: Run, near: Path | None = Non
     corpus = Corpus.open(recipe.corpus, root=root, near=near)
     if corpus.tokenizer.digest != swarm.manifest.tokenizer_digest:
         problem = f"{corpus.folder} has another tokenizer than the swarm {name}"
-        raise ConfigError("corpus", problem, "build it with the tokenizer of the swarm's own corpus")
+        raise ConfigError("corpus", problem, f"build it with tokenizer: {swarm.manifest.tokenizer_digest[:12]}")
     member = recipe.member or _next_id(swarm)
     known = swarm.members.get(member)
     if known is not None and read_manifest(swarm.checkpoint(member)).run != recipe.name:
@@ -158,8 +158,8 @@ def _with_one_more(router: Router, member: str, corpus: Corpus, tokens: Sequence
     centroids_CD = np.concatenate([router.centroids_ND, own_CD]).astype(np.float32)
     far = router.far
     if far is not None:
-        own = far_distance(embed_texts(router.embedder, passages.snippets), centroids_CD.astype(np.float64))
-        far = max(far, own or 0.0)
+        p_LMD = np.stack([project_texts(router.embedder, snippets) for snippets in passages.snippets])
+        far = tuple(map(max, far, far_distances(p_LMD, centroids_CD.astype(np.float64))))
     ids = [*router.ids, member]
     return Router(ids, router.embedder, centroids_CD, _shares(tokens), router.temperature, far=far, head=router.head)
 

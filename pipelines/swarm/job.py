@@ -119,6 +119,7 @@ def _train_seed(
             number -= 1
         workers = range(number, number + 1)
         resources = resources.model_copy(update={"gpus_per_worker": each})
+    report(plan.seed.run, folder.newest_step(plan.seed)[1], plan.seed.num_steps, {})  # workers take a while to start
     job.run_task(
         plan.seed,
         workers=workers,

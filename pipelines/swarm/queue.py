@@ -95,7 +95,7 @@ class _Worker:
 class Queue:
     """Runs and workers. Every method that names a worker or a run must name one that it knows."""
 
-    def __init__(self, works: Iterable[Work], *, max_restarts: int = 3, stuck_after_s: float = STUCK_AFTER_S) -> None:
+    def __init__(self, works: Iterable[Work], *, max_restarts: int = 3, stuck_after_s: float | None = None) -> None:
         """`max_restarts`: of a run, after lost workers, without a new checkpoint in between."""
         self._runs = {work.run: _Run(work, work.saved, work.saved) for work in works}
         self._workers: dict[str, _Worker] = {}

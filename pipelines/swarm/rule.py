@@ -54,10 +54,10 @@ class Measured:
     ratio: float
 
 
-# Sources, one seed each, on 2 cores. The first three are a trial of 2026-11-21 with true domains, of which the right
+# Sources, one seed each, on 2 cores, of 2026-11-21. The first three are a trial with true domains, of which the right
 # expert answers; its first corpus had six domains, whose I was not counted: it is taken to be the same per ln k as that
-# of the eight. The next two are the centre of `ulm bench swarm`, its route and the route of its random clusters, of 2026-11-22.
-# That benchmark prints what is to stand here.
+# of the eight. The others are the centre of `ulm bench swarm`: its route, and the route of its random clusters. That
+# benchmark prints what is to stand here.
 MEASURED = (
     Measured(Setting(1.2, 6, 0.44, parameters=4.20e6), 1.059),
     Measured(Setting(10.4, 8, 0.511, parameters=1.89e6), 0.885),

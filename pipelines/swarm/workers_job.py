@@ -295,6 +295,8 @@ class _Crew:
             self._judge(member, error)
             return
         except RayError as error:
+            with suppress(RayError):
+                ray.kill(member.actor)  # it may be cut off only, and go on
             why = GUESSES.split(str(error).strip().rpartition("\n")[2])[0][:300]
             self._lose(member, f"was lost ({why})")
             return
@@ -318,7 +320,8 @@ class _Crew:
     def _judge(self, member: _Member, error: RayTaskError) -> None:
         """An exception of the run itself: one that comes again wherever it is trained fails it, others may not."""
         known, cause, run = ours(error), error.cause, member.run
-        if run is None or not (known or isinstance(cause, MISTAKES)):
+        is_held = isinstance(known, ClusterError)  # by a worker that was lost and has not quite ended
+        if run is None or is_held or not (known or isinstance(cause, MISTAKES)):
             with suppress(RayError):
                 ray.kill(member.actor)  # its GPU, say, may be in no state for the next run
             self._lose(member, f"failed ({type(cause).__name__}: {str(cause)[:300]})")

@@ -54,8 +54,8 @@ class Answering:
             shape = shape_of(model.name, model.tokenizer, body.num_top_logprobs is not None)
             answer = self._run(body, model, requests, started_s)
             first = await anext(answer)  # so that a refusal is a status, not a broken stream
-        except Exception as error:
-            self._count(tags, "refused" if isinstance(error, RequestError) else "failed", started_s)
+        except BaseException as error:
+            self._count(tags, "refused" if isinstance(error, RequestError) else _outcome(error), started_s)
             raise
         if body.stream:
             events = self._events(body, shape, requests, first, answer, tags, started_s)
@@ -68,8 +68,8 @@ class Answering:
                     ledger = _joined(ledger, item)
                 else:
                     choices.find(prompt, item.index)[0].add(item)
-        except BaseException as error:  # cancellation, too: the client has left
-            self._count(tags, "failed" if isinstance(error, Exception) else "cancelled", started_s)
+        except BaseException as error:
+            self._count(tags, _outcome(error), started_s)
             raise
         self._finish(tags, choices, ledger, started_s)
         return JSONResponse(shape.whole(choices, ledger))
@@ -182,10 +182,14 @@ class Answering:
 async def _chain(
     first: tuple[int, TokenChunk | Ledger], rest: AsyncIterator[tuple[int, TokenChunk | Ledger]]
 ) -> AsyncIterator[tuple[int, TokenChunk | Ledger]]:
-    yield first
     async with aclosing(rest):  # type: ignore[type-var]
+        yield first
         async for item in rest:
             yield item
+
+
+def _outcome(error: BaseException) -> str:
+    return "failed" if isinstance(error, Exception) else "cancelled"  # the client has left
 
 
 def _joined(ledger: Ledger, more: Ledger) -> Ledger:

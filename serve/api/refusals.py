@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ulm.errors import OverloadedError, RequestError, UnsupportedError
 
 MAX_BODY_BYTES = 4 << 20
+MAX_SHOWN = 200  # characters of a field's name, which may be the client's own word
 
 
 def error_body(message: str, type_: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -57,7 +58,10 @@ def handle_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        place = str(first["loc"][1]) if len(first["loc"]) > 1 else ""  # the rest may name branches of a union
+        path = first["loc"][1:]
+        if path[:1] != ("ulm",):  # elsewhere the rest may name branches of a union
+            path = path[:1]
+        place = ".".join(map(str, path))[:MAX_SHOWN]
         if first["type"] == "json_invalid":
             return JSONResponse(error_body(f"The body is not JSON: {first['msg']}", "invalid_request_error"), 400)
         problem = "unknown field" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")

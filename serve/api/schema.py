@@ -41,9 +41,9 @@ class UlmOptions(Body):
     """Our own field `ulm`: what this request may spend, and parameters for a strategy that has them."""
 
     budget: Budget | None = None
-    top_k: int | None = Field(None, ge=1)
-    every_tokens: int | None = Field(None, ge=1)
-    margin: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=1, strict=True)
+    every_tokens: int | None = Field(None, ge=1, strict=True)
+    margin: float | None = Field(None, ge=0, le=1, strict=True)
     by: Literal["clusterer", "likelihood", "product"] | None = None
     members: tuple[str, ...] | None = Field(None, min_length=1, max_length=MAX_MEMBERS)
 

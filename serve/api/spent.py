@@ -18,6 +18,7 @@ CALLED = {
 }
 DEGRADED = (  # the first that matches; a failure's text may hold anything
     (r"\S+ failed: |\S+ is not up$|.*nobody that should answer is up$", "member_down"),
+    (r"\S+ is overloaded: ", "member_busy"),
     (r"cut short", "cut_short"),
     (r".*\bbudget\.max_(calls|tokens|ms)\b|ended by its deadline$", "budget"),
 )

@@ -65,7 +65,7 @@ class Account:
 
 def _part(most: float, index: int, number: int) -> float:
     """The share of one of `number`; what does not divide goes to the first ones."""
-    return most if math.isinf(most) else most // number + (index < most % number)
+    return most if most == math.inf else most // number + (index < most % number)
 
 
 def now_s() -> float:

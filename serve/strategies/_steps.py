@@ -14,25 +14,25 @@ import numpy as np
 import torch
 
 from serve.contracts import GenerateRequest, Member, TokenChunk, TokenLogprob
-from ulm.errors import MemberDownError, RequestError, UnsupportedError
+from serve.strategies._failures import Failures, SilentError, of_member
+from ulm.errors import UlmError
 from ulm.models.sampling import choose
 from ulm.models.text_stream import TextStream
 from ulm.swarm.mixture import mix_logprobs
 
-PATIENCE_S = 30.0  # a member that says nothing for so long has failed
 T = TypeVar("T")
 
 
 class MembersFailed(Exception):  # noqa: N818  it is caught a floor above, and never shown
     """Some members could not do their part."""
 
-    def __init__(self, why: Mapping[str, str]) -> None:
+    def __init__(self, why: Failures) -> None:
         self.why = dict(why)
-        super().__init__("; ".join(f"{member}: {text}" for member, text in self.why.items()))
+        super().__init__("; ".join(f"{member}: {error}" for member, error in self.why.items()))
 
 
 async def step_loop(
-    request: GenerateRequest, members: Mapping[str, Member], patience_s: float = PATIENCE_S
+    request: GenerateRequest, members: Mapping[str, Member], patience_s: float
 ) -> AsyncIterator[TokenChunk]:
     """Chunks of one token each, as an engine that holds all members would give them. Raises MembersFailed."""
     tokenizer = members[next(iter(request.weights))].tokenizer
@@ -49,7 +49,9 @@ async def step_loop(
         for member, row in found.items():
             vocab_size = members[member].tokenizer.vocab_size
             if row.shape != (vocab_size,):
-                failed[member] = f"gave scores of shape {row.shape} for a vocabulary of {vocab_size}"
+                failed[member] = UlmError(f"gave scores of shape {row.shape} for a vocabulary of {vocab_size}")
+            elif np.isnan(row).any():
+                failed[member] = UlmError("gave scores that are no numbers")
         if failed:
             raise MembersFailed(failed)
         rows = [found[member] for member in request.weights]
@@ -67,7 +69,7 @@ async def step_loop(
     yield TokenChunk("", (), finish_reason="length")
 
 
-async def ask_all(asked: Mapping[str, Awaitable[T]], patience_s: float) -> tuple[dict[str, T], dict[str, str]]:
+async def ask_all(asked: Mapping[str, Awaitable[T]], patience_s: float) -> tuple[dict[str, T], dict[str, Exception]]:
     """What members answer, asked side by side, and why the others did not. Errors of the request are raised."""
     tasks = {member: asyncio.ensure_future(question) for member, question in asked.items()}
     try:
@@ -77,17 +79,6 @@ async def ask_all(asked: Mapping[str, Awaitable[T]], patience_s: float) -> tuple
         for task in tasks.values():
             task.cancel()
         await asyncio.gather(*tasks.values(), return_exceptions=True)
-    failed = {member: f"said nothing for {patience_s:.0f} s" for member in tasks if member not in done}
-    failed |= {m: failure(error) for m, task in done.items() if (error := task.exception()) is not None}
+    failed: dict[str, Exception] = {member: SilentError(patience_s) for member in tasks if member not in done}
+    failed |= {m: of_member(error) for m, task in done.items() if (error := task.exception()) is not None}
     return {m: task.result() for m, task in done.items() if m not in failed}, failed
-
-
-def failure(error: BaseException) -> str:
-    """What to say of a member that failed; errors that are not the member's are raised."""
-    if isinstance(error, RequestError) and error.status < 500 or isinstance(error, UnsupportedError):
-        raise error
-    if not isinstance(error, Exception):
-        raise error
-    if isinstance(error, MemberDownError):
-        return str(error)
-    return f"{type(error).__name__}: {error}"[:200]

@@ -9,8 +9,10 @@ import numpy as np
 
 from serve.contracts import Member, SwarmContext
 from serve.strategies._account import Account, now_s
-from serve.strategies._steps import PATIENCE_S, ask_all
+from serve.strategies._failures import note
+from serve.strategies._steps import ask_all
 from serve.strategies._windows import Chosen, Text
+from ulm.errors import UlmError
 from ulm.swarm.manifest import SEED
 from ulm.swarm.router import Router
 from ulm.swarm.routing import By, chosen, weigh
@@ -84,17 +86,26 @@ class Weighing:
                 asked.append(name)
         if len(asked) < len([name for name in self.router.ids if name in offered]):
             account.note(f"weighed by {len(asked)} experts by budget.max_calls")
-        tokens = text.tokens[-min((offered[n].context_tokens for n in asked), default=1) :]
+        if not asked:
+            return {}
+        tokens = text.tokens_in(offered[asked[0]].tokenizer)  # all experts have one vocabulary
+        tokens = tokens[-min(offered[name].context_tokens for name in asked) :]
         if len(tokens) < 2:  # nothing that could be scored
             return {}
         for name in asked:
             if name not in calls:
                 calls[name] = account.call(name, len(tokens), WEIGHED)
         started_s = now_s()
-        found, failed = await ask_all({n: offered[n].engine.score(n, tokens) for n in asked}, PATIENCE_S)
-        for name in asked:
-            calls[name].ms = round(calls[name].ms + 1e3 * (now_s() - started_s), 3)
-        for name, why in failed.items():
-            account.note(f"{name} failed: {why}")
-        self.context.health.failed(failed)
-        return {name: float(np.sum(scores)) for name, scores in found.items()}
+        questions = {name: offered[name].engine.score(name, tokens) for name in asked}
+        try:
+            found, failed = await ask_all(questions, self.context.patience_s)
+        finally:
+            for name in asked:
+                calls[name].ms = round(calls[name].ms + 1e3 * (now_s() - started_s), 3)
+        for name, scores in found.items():
+            if len(scores) != len(tokens) - 1:
+                failed[name] = UlmError(f"gave {len(scores)} scores for {len(tokens)} tokens")
+            elif not np.isfinite(scores).all():
+                failed[name] = UlmError("gave scores that are no numbers")
+        note(failed, account, self.context.health)
+        return {name: float(np.sum(scores)) for name, scores in found.items() if name not in failed}

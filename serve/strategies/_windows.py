@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 
 from serve.contracts import Call, GenerateRequest, Ledger, Member, SwarmContext, TokenChunk
 from serve.strategies._account import Account, now_s
-from serve.strategies._steps import PATIENCE_S, MembersFailed, failure, step_loop
-from ulm.errors import RequestError, UnavailableError, UnsupportedError
+from serve.strategies._failures import Failures, SilentError, note, of_member
+from serve.strategies._steps import MembersFailed, step_loop
+from ulm.errors import RequestError, UlmError, UnavailableError, UnsupportedError
 from ulm.models.generate import prompt_tokens, room
 from ulm.models.text_stream import TextStream
 from ulm.tokenizers.tokenizer import Tokenizer
@@ -39,6 +40,11 @@ class Text:
     def plain(self) -> str:
         """As text."""
         return self.tokenizer.decode(self.tokens)
+
+    def tokens_in(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """Its tokens in a vocabulary that may be another."""
+        is_same = tokenizer.digest == self.tokenizer.digest
+        return self.tokens if is_same else tuple(prompt_tokens(tokenizer, self.plain()))
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class _Answer:
 
     def change_vocabulary(self, tokenizer: Tokenizer, stop: Sequence[str]) -> str:
         """Go on in another vocabulary, in which all there is becomes the prompt; text that was held back until now."""
-        rest, self.prompt = self.stream.finish(), tuple(prompt_tokens(tokenizer, self.text.plain()))
+        rest, self.prompt = self.stream.finish(), self.text.tokens_in(tokenizer)
         self.tokenizer, self.generated, self.stream = tokenizer, [], TextStream(tokenizer, stop)
         return rest
 
@@ -89,7 +95,6 @@ class Drive:
     account: Account
     choose: Choose
     every_tokens: int | None = None  # None: chosen once, unless somebody fails
-    patience_s: float = PATIENCE_S
 
     async def answer(self, index: int = 0) -> AsyncGenerator[TokenChunk, None]:
         """Chunks of one choice. UnavailableError where nobody can begin it."""
@@ -190,9 +195,10 @@ class Drive:
     def _nobody(self, so_far: _Answer) -> None:
         """End an answer that nobody is left for; UnavailableError where it has not begun."""
         if not so_far.num_tokens:
-            wait_s = self.context.health.wait_s(self.members)
+            health = self.context.health
+            wait_s = health.wait_s(m for m in self.members if m in so_far.failed or not health.is_up(m))
             why = "; ".join(self.account.ledger.degraded) or "all have failed lately"
-            raise UnavailableError(f"No member that could answer is up ({why})", retry_after_s=wait_s)
+            raise UnavailableError(f"No member can answer now ({why})", retry_after_s=wait_s)
         self.account.note("cut short: no member is left to go on")
         so_far.finish_reason = "length"
 
@@ -213,40 +219,41 @@ class Drive:
             weights=so_far.weights,
             max_tokens=size,
             deadline_s=_finite(account.seconds),
-            stream=self.request.stream or account.seconds < math.inf,  # what there is counts when time is over
+            # What there is counts when time is over, and what a member that fails has generated is spent.
+            stream=self.request.stream or min(account.seconds, account.tokens) < math.inf,
             prompt_logprobs=self.request.prompt_logprobs if so_far.needs_prompt else None,
             echo=False,
             n=1,
             best_of=None,
         )
-        patience_s = self.patience_s + (0 if asked.stream else SECONDS_A_TOKEN * size)
+        patience_s = self.context.patience_s + (0 if asked.stream else SECONDS_A_TOKEN * size)
         if len({id(self.members[m].engine) for m in so_far.weights}) > 1:
             patience_s = math.inf  # the step loop has its own, and knows whom it waits for
         started_s = now_s()
         try:
             async with aclosing(self._source(asked)) as chunks:  # type: ignore[type-var]
-                while size >= 0:
-                    async with asyncio.timeout(_finite(min(patience_s, account.seconds))):
+                while True:
+                    left_s = account.seconds
+                    async with asyncio.timeout(_finite(min(patience_s, left_s))) as limit:
                         chunk = await anext(chunks, None)
-                    size -= len(chunk.tokens) if chunk else 0
-                    if chunk is None or size < 0:
-                        why = "gave more than was asked for" if chunk else "ended without saying so"
-                        raise MembersFailed(dict.fromkeys(so_far.weights, why))
+                    if chunk is None:
+                        raise UlmError("ended without saying so")
+                    size -= len(chunk.tokens)
+                    _check(chunk, size, so_far.tokenizer.vocab_size)
                     yield self._entered(so_far, chunk)
                     if chunk.finish_reason is not None:
                         is_over = chunk.finish_reason == "stop" or size > 0  # by its context's end or its time's
                         so_far.finish_reason = chunk.finish_reason if is_over else None
                         break
-            self.context.health.answered(so_far.weights)
-        except TimeoutError:
-            if account.seconds <= 0:
-                self._end(so_far, "max_ms")
-            else:
-                self._lose(so_far, dict.fromkeys(so_far.weights, f"said nothing for {patience_s:.0f} s"))
         except MembersFailed as failed:
             self._lose(so_far, failed.why)
         except Exception as error:  # noqa: BLE001  whatever it is, others may answer; a request's own error is raised
-            self._lose(so_far, dict.fromkeys(so_far.weights, failure(error)))
+            is_ours = isinstance(error, TimeoutError) and limit.expired()  # it may be the engine's, too
+            if is_ours and left_s <= patience_s:
+                self._end(so_far, "max_ms")
+            else:
+                why = SilentError(patience_s) if is_ours else of_member(error)
+                self._lose(so_far, dict.fromkeys(so_far.weights, why))
         finally:
             ms = 1e3 * (now_s() - started_s)
             for call in so_far.calls.values():
@@ -273,10 +280,11 @@ class Drive:
             return next(iter(engines.values())).generate(asked)
         if asked.prompt_logprobs is not None:
             raise UnsupportedError("prompt_logprobs need members that share an engine; ask a single member for them")
-        return step_loop(asked, speaking, self.patience_s)
+        return step_loop(asked, speaking, self.context.patience_s)
 
     def _entered(self, so_far: _Answer, chunk: TokenChunk) -> TokenChunk:
         """A chunk of the engine's as it is sent on; its text is decoded here, for it may go on another's."""
+        self.context.health.answered(so_far.weights)
         so_far.needs_prompt = False
         so_far.generated += chunk.tokens
         so_far.num_tokens += len(chunk.tokens)
@@ -287,14 +295,21 @@ class Drive:
         text = "".join(so_far.stream.push(token) for token in chunk.tokens)
         return TokenChunk(text, chunk.tokens, chunk.logprobs, prompt_logprobs=chunk.prompt_logprobs)
 
-    def _lose(self, so_far: _Answer, why: Mapping[str, str]) -> None:
+    def _lose(self, so_far: _Answer, why: Failures) -> None:
         """Go on without members that failed."""
-        self.context.health.failed(why)
+        note(why, self.account, self.context.health)
         so_far.failed |= why.keys()
-        so_far.calls = {m: call for m, call in so_far.calls.items() if m not in why}
         so_far.weights = {m: w for m, w in so_far.weights.items() if m not in why}
-        for member, text in why.items():
-            self.account.note(f"{member} failed: {text}")
+
+
+def _check(chunk: TokenChunk, num_left: int, vocab_size: int) -> None:
+    """UlmError for what no engine may give; nothing of such a chunk is used."""
+    if num_left < 0:
+        raise UlmError("gave more than was asked for")
+    if not all(0 <= token < vocab_size for token in chunk.tokens):
+        raise UlmError(f"gave a token that is not in its vocabulary of {vocab_size}")
+    if not all(math.isfinite(entry.logprob) for entry in chunk.logprobs):
+        raise UlmError("gave log-probabilities that are no numbers")
 
 
 def _finite(seconds: float) -> float | None:
@@ -367,9 +382,11 @@ async def choices(drive: Drive) -> AsyncIterator[TokenChunk | Ledger]:
     else:
         async with aclosing(side_by_side(answers)) as chunks:
             found = TokenChunk.by_choice([chunk async for chunk in chunks])
+        of_prompt = next(chunk.prompt_logprobs for chunk in found if chunk.index == 0)
         found.sort(key=lambda c: (-sum(e.logprob for e in c.logprobs) / max(1, len(c.logprobs)), c.index))
         for index, chunk in enumerate(found[: request.n]):
-            yield replace(chunk, index=index, logprobs=() if num_top is None else chunk.logprobs)
+            logprobs = () if num_top is None else chunk.logprobs
+            yield replace(chunk, index=index, logprobs=logprobs, prompt_logprobs=() if index else of_prompt)
     yield ledger
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.corpus.clustering.passages import SNIPPET_CHARS
 from pipelines.corpus.domains import cluster_corpus
 from tests.written_corpus import write_corpus
 from ulm.corpus.manifest import Corpus
@@ -23,6 +22,7 @@ from ulm.swarm.router import Router
 
 NAIVE_BAYES = 0.969  # supervised, from the README of the corpora
 NUM_CLUSTERS, SNIPPETS_PER_DOMAIN = 32, 500
+SNIPPET_CHARS = 300
 PIECE_CHARS = 4_000  # of a document: what the fit looks at of one
 FOREIGN = ("german_law", "scripture_kjv")  # domains that the swarm of the far figure has never seen
 

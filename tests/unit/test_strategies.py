@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.contracts import GenerateRequest, Ledger, Member, SwarmContext, TokenChunk
+from serve.contracts import GenerateRequest, Ledger, Member, SwarmContext, TokenChunk, TokenLogprob
 from serve.strategies.broadcast import Broadcast
 from serve.strategies.fallback import Fallback
 from serve.strategies.mixture import Mixture
@@ -18,7 +18,7 @@ from serve.strategies.route import Route
 from serve.strategies.single import Single
 from tests.virtual_members import TOKENIZER, VirtualEngine, following, member, open_calls, router, run
 from ulm import registry
-from ulm.errors import RequestError, UnavailableError
+from ulm.errors import ModelNotFoundError, RequestError, UnavailableError
 from ulm.models.sampling import Sampling
 from ulm.recipes.serve import Budget
 
@@ -68,7 +68,9 @@ def expected(asked: GenerateRequest) -> tuple[int, ...]:
 
 # ---- budgets, over everything that may happen
 
-WAYS = st.sampled_from(["well", "well", "well", "dies", "hangs", "too much", "wrong shape", "no end"])
+WRONG = ["too much", "wrong shape", "no number", "no token"]
+WAYS = st.sampled_from(["well", "well", "well", "well", "dies", "hangs", "no end", "overloaded", *WRONG])
+COLD = Sampling(temperature=1e-3)  # draws, so that several choices are allowed, and draws the likeliest
 ENGINES = st.builds(
     VirtualEngine,
     delay_s=st.sampled_from([0.0, 0.01, 0.3, 45.0]),
@@ -113,14 +115,16 @@ def situations(draw: st.DrawFn) -> dict[str, Any]:
     place = draw(st.lists(st.integers(0, len(engines) - 1), min_size=number, max_size=number))
     names = draw(st.permutations([f"e{n}" for n in range(number)]))
     text = draw(st.sampled_from(["alpha", "bravo charlie", "delta alpha", "nothing known", "x"]))
+    n = 1 if kind == "broadcast" else draw(st.sampled_from([1, 1, 2, 3]))
     return {
         "kind": kind,
         "options": draw(OPTIONS[kind]),
         "members": {name: member(name, engines[place[int(name[1:])]]) for name in names},
         "fallback": draw(st.just(()) | st.just((names[0],))),
-        "request": request(text, draw(st.integers(1, 14)), stream=draw(st.booleans())),
+        "request": request(text, draw(st.integers(1, 14)), stream=draw(st.booleans()), n=n, sampling=COLD),
         "budget": draw(BUDGETS),
         "cancel_after": draw(st.none() | st.integers(0, 6)),
+        "cancel_at_s": draw(st.none() | st.sampled_from([0.0, 0.005, 0.02, 0.31, 1.0, 31.0])),
     }
 
 
@@ -137,7 +141,7 @@ def test_no_budget_is_exceeded_whatever_members_do_and_no_call_outlives_its_answ
         started_s, chunks, ledger = clock(), list[TokenChunk](), None
         answer = strategy(situation["kind"], **situation["options"]).answer(asked, members, context, budget)
         try:
-            async with aclosing(answer):
+            async with asyncio.timeout(situation["cancel_at_s"]), aclosing(answer):
                 async for item in answer:
                     if isinstance(item, Ledger):
                         ledger = item
@@ -146,8 +150,12 @@ def test_no_budget_is_exceeded_whatever_members_do_and_no_call_outlives_its_answ
                     if situation["cancel_after"] == len(chunks):
                         break
         except UnavailableError:
-            assert not any(chunk.tokens for chunk in chunks) or situation["kind"] == "broadcast"
+            assert not any(chunk.tokens for chunk in chunks) or asked.n > 1 or situation["kind"] == "broadcast"
+        except TimeoutError:
+            pass
         assert open_calls(members) == 0
+        if not any(engine.way in WRONG for engine in engines):  # what a member gives beyond what it was asked for
+            assert sum(engine.generated for engine in engines) <= (budget.max_tokens or math.inf)
         if budget.max_ms is not None:
             assert clock() - started_s <= budget.max_ms / 1e3 + slowest_s + ROUNDING_S
         if ledger is None:
@@ -364,7 +372,7 @@ def test_with_nobody_up_the_refusal_says_when_to_come_again():
         members = members_of(VirtualEngine(way="dies"), VirtualEngine(way="dies"))
         context = context_of(members)
         for _ in range(2):
-            with pytest.raises(UnavailableError, match="No member that could answer is up") as error:
+            with pytest.raises(UnavailableError, match="No member can answer now") as error:
                 await answered("mixture", request(), members, context)
             assert error.value.retry_after_s == pytest.approx(5, abs=0.1)
 
@@ -421,5 +429,207 @@ def test_a_stop_string_may_lie_across_windows():
         asked = request("alpha", 40, stop=(stop,))
         (choice,), _ = await answered("route", asked, members, every_tokens=4)
         assert choice.text == whole[: whole.index(stop)] and choice.finish_reason == "stop"
+
+    run(body)
+
+
+# ---- whose fault it was
+
+
+def test_who_is_overloaded_is_passed_over_and_stays_up_for_others():
+    async def body() -> None:
+        for kind in ("fallback", "mixture", "route"):
+            members = members_of(VirtualEngine(way="overloaded"), VirtualEngine())
+            context = context_of(members)
+            (choice,), ledger = await answered(kind, request("alpha alpha"), members, context)
+            assert choice.tokens == expected(request("alpha alpha"))
+            assert ledger.degraded == ["e0 is overloaded: too many are waiting"] and context.health.is_up("e0")
+
+    run(body)
+
+
+def test_where_all_are_overloaded_the_refusal_asks_to_come_again_at_once():
+    async def body() -> None:
+        members = members_of(VirtualEngine(way="overloaded"), VirtualEngine(way="overloaded"))
+        for kind in sorted(KINDS):
+            with pytest.raises(UnavailableError, match="too many are waiting|is not up") as error:
+                await answered(kind, request(), members)
+            assert error.value.retry_after_s == 1
+
+    run(body)
+
+
+def test_how_long_to_wait_is_that_of_the_members_that_would_have_answered():
+    async def body() -> None:
+        members = members_of(VirtualEngine(way="dies"), VirtualEngine())
+        with pytest.raises(UnavailableError) as error:
+            await answered("single", request(), members)  # e0; that e1 is up does not help
+        assert error.value.retry_after_s == pytest.approx(5, abs=0.1)
+
+    run(body)
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_a_member_that_is_silent_is_down_unless_it_answers_others_meanwhile(is_busy):
+    async def body() -> None:
+        members = members_of(VirtualEngine(way="hangs"), VirtualEngine())
+        context = context_of(members, patience_s=2.0)
+        waiting = asyncio.create_task(answered("fallback", request(), members, context))
+        await asyncio.sleep(1)
+        if is_busy:
+            others = {"e0": member("e0", VirtualEngine())}
+            await answered("single", request(), others, context)
+        (choice,), ledger = await waiting
+        assert choice.tokens == expected(request())
+        assert ledger.degraded == ["e0 failed: said nothing for 2 s"]
+        assert context.health.is_up("e0") == is_busy
+
+    run(body)
+
+
+def test_an_engines_own_timeout_is_told_as_such():
+    class Late(VirtualEngine):
+        async def generate(self, request: GenerateRequest) -> Any:
+            raise TimeoutError("no lock")
+            yield
+
+    async def body() -> None:
+        members = members_of(Late(), VirtualEngine())
+        _, ledger = await answered("fallback", request(), members, budget=Budget(max_ms=10_000))
+        assert ledger.degraded == ["e0 failed: TimeoutError: no lock"]
+
+    run(body)
+
+
+def test_a_member_that_its_engine_has_not_is_down_and_no_mistake_of_the_client():
+    class Empty(VirtualEngine):
+        async def generate(self, request: GenerateRequest) -> Any:
+            raise ModelNotFoundError("The engine has no member 'e0'", code="model_not_found")
+            yield
+
+    async def body() -> None:
+        members = members_of(Empty(), VirtualEngine())
+        (choice,), ledger = await answered("fallback", request(), members)
+        assert choice.tokens == expected(request())
+        assert ledger.degraded == ["e0 failed: The engine has no member 'e0'"]
+
+    run(body)
+
+
+@pytest.mark.parametrize(
+    ("way", "why"),
+    [
+        ("no token", f"gave a token that is not in its vocabulary of {TOKENIZER.vocab_size}"),
+        ("no number", "gave log-probabilities that are no numbers"),
+        ("too much", "gave more than was asked for"),
+    ],
+)
+def test_what_no_engine_may_give_ends_its_part_and_nothing_of_it_is_used(way, why):
+    async def body() -> None:
+        members = members_of(VirtualEngine(way=way, fails_after=3), VirtualEngine())
+        (choice,), ledger = await answered("fallback", request(max_tokens=6, num_top_logprobs=0), members)
+        assert choice.tokens == expected(request(max_tokens=6))
+        assert all(math.isfinite(entry.logprob) for entry in choice.logprobs) and len(choice.logprobs) == 6
+        assert ledger.degraded == [f"e0 failed: {why}"]
+
+    run(body)
+
+
+@pytest.mark.parametrize("by", ["likelihood", "clusterer"])
+def test_an_expert_whose_scores_are_no_numbers_has_no_weight(by):
+    async def body() -> None:
+        members = members_of(VirtualEngine(way="no number"), VirtualEngine(), VirtualEngine())
+        (choice,), ledger = await answered("mixture", request("alpha alpha bravo"), members, by=by)
+        assert choice.tokens == expected(request("alpha alpha bravo"))
+        assert not any(call.tokens_out for call in ledger.calls if call.member == "e0")
+        assert [text[:9] for text in ledger.degraded] == ["e0 failed"]
+
+    run(body)
+
+
+def test_scores_that_are_too_many_are_their_experts_failure():
+    async def body() -> None:
+        members = members_of(VirtualEngine(), VirtualEngine(way="wrong shape"))
+        _, ledger = await answered("mixture", request("bravo", 3), members, by="product", top_k=1)
+        assert ledger.degraded == ["e1 failed: gave 5 scores for 5 tokens"]
+        assert [call.member for call in ledger.calls if call.tokens_out] == ["e0"]
+
+    run(body)
+
+
+def test_experts_score_the_text_in_their_own_vocabulary():
+    from ulm.tokenizers.char import char_tokenizer
+
+    async def body() -> None:
+        letters, seen = char_tokenizer("abcdefghijklmnopqrstuvwxyz "), []
+
+        class Reading(VirtualEngine):
+            async def score(self, member: str, tokens: Any) -> list[float]:
+                seen.append(letters.decode(tokens))
+                return await super().score(member, tokens)
+
+            async def generate(self, request: GenerateRequest) -> Any:
+                yield TokenChunk("", (), finish_reason="stop")
+
+        # the first member, in whose vocabulary the prompt is, is none of the experts
+        members = {"seed": member("seed", VirtualEngine()), "e0": member("e0", Reading(), letters)}
+        await answered("mixture", request("alpha bravo"), members, SwarmContext(router=router(1)), by="likelihood")
+        assert seen == ["alpha bravo"]
+
+    run(body)
+
+
+# ---- what is spent
+
+
+def test_tokens_that_a_failed_member_generated_are_spent():
+    async def body() -> None:
+        engines = VirtualEngine(way="dies", fails_after=4), VirtualEngine()
+        asked = request(max_tokens=10, stream=False)
+        (choice,), ledger = await answered("fallback", asked, members_of(*engines), budget=Budget(max_tokens=6))
+        assert [engine.generated for engine in engines] == [4, 2] and len(choice.tokens) == 6
+        assert [call.tokens_out for call in ledger.calls] == [4, 2]
+        assert ledger.calls[0].ms > 0, "its time, too"
+
+    run(body)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("stream", [False, True])
+def test_with_one_call_every_strategy_gives_one_members_answer(kind, stream):
+    async def body() -> None:
+        for options in [{"by": by} for by in ("likelihood", "product")] if kind in ("mixture", "route") else [{}]:
+            members = members_of(VirtualEngine(), VirtualEngine(), VirtualEngine())
+            asked = request("bravo bravo", stream=stream)
+            (choice,), ledger = await answered(kind, asked, members, budget=Budget(max_calls=1), **options)
+            assert choice.tokens == expected(asked)
+            assert [(call.tokens_out, call.weight) for call in ledger.calls] == [(12, 1.0)]
+
+    run(body)
+
+
+def test_choices_without_a_part_of_the_budget_are_empty_and_marked():
+    async def body() -> None:
+        for budget in (Budget(max_calls=2), Budget(max_tokens=2), Budget(max_tokens=2, max_calls=10**400)):
+            asked = request(max_tokens=4, n=3, sampling=COLD)
+            choices, ledger = await answered("single", asked, members_of(VirtualEngine()), budget=budget)
+            ends = sorted((len(c.tokens), c.finish_reason) for c in choices)
+            assert len(ends) == 3 and ends[0] == (0, "length") and ledger.degraded
+            assert sum(call.tokens_out for call in ledger.calls) == sum(number for number, _ in ends)
+
+    run(body)
+
+
+def test_the_prompts_logprobs_come_with_the_best_answer_whichever_draw_that_is():
+    class Drawing(VirtualEngine):
+        async def generate(self, request: GenerateRequest) -> Any:
+            entry = TokenLogprob(97, -1.0 / (1 + request.sampling.seed))  # later draws are likelier
+            told = () if request.prompt_logprobs is None else (TokenLogprob(98, -2.0),)
+            yield TokenChunk("", (97,), (entry,), "stop", prompt_logprobs=told)
+
+    async def body() -> None:
+        asked = request("ab", 4, best_of=3, stream=False, prompt_logprobs=0, sampling=COLD)
+        (choice,), _ = await answered("single", asked, members_of(Drawing()))
+        assert [entry.token for entry in choice.prompt_logprobs] == [98]
 
     run(body)

@@ -1,4 +1,4 @@
-"""What a clustering gives a swarm beside clusters: documents in two of them, a router that knows short text and far text."""
+"""What a clustering gives a swarm: documents in two clusters, a router that knows short text, and text that is far."""
 
 import random
 from pathlib import Path
@@ -8,19 +8,19 @@ import pytest
 
 from pipelines.corpus.clustering.assign import embed_texts, squared_distances
 from pipelines.corpus.clustering.embedding import in_training
-from pipelines.corpus.clustering.passages import MAX_CHARS, MIN_CHARS, NUM_SNIPPETS, SNIPPET_CHARS, Passages
+from pipelines.corpus.clustering.passages import MAX_CHARS, MIN_CHARS, MIN_PASSAGES, NUM_SNIPPETS, Passages
 from pipelines.corpus.domains import cluster_corpus
 from tests.written_corpus import stdlib_docstrings, write_corpus
 from ulm.corpus.manifest import Corpus
 from ulm.recipes.clustering import Clustering
-from ulm.swarm.router import Router
+from ulm.swarm.router import FAR_CHARS, Router
 
 WORDS = {
     "law": "court judge appeal statute plaintiff verdict counsel section liable contract",
     "code": "def return import class self lambda yield parser buffer index",
     "medicine": "patient dose tablet symptom fever clinic nurse therapy vaccine blood",
 }
-SAMPLING = 0.01  # of 4,000 snippets the share beyond their 99th percentile is 0.01; other draws differ by half of that
+SAMPLING = 0.01  # the 99th percentile of 1,000 snippets; of others the share beyond it differs by less than as much
 
 
 def mixed_documents(count: int = 90) -> list[tuple[str, str, str]]:
@@ -78,15 +78,16 @@ def test_with_all_documents_overlapping_every_one_is_in_two(corpus):
     assert (cluster_corpus(corpus, 3, Clustering(overlap=1.0)).assigned_NK >= 0).all()
 
 
-def test_far_is_beyond_the_99th_percentile_of_training_snippets(tmp_path: Path):
-    texts = [text for text in stdlib_docstrings(40) if len(text) > SNIPPET_CHARS]
+def test_far_is_beyond_the_99th_percentile_of_training_snippets_of_every_length(tmp_path: Path):
+    texts = [text for text in stdlib_docstrings(40) if len(text) > FAR_CHARS[2]]
     assert len(texts) > 100
     corpus = write_corpus(tmp_path, [("docs", "train", text) for text in texts])
     router = Router.load(cluster_corpus(corpus, 4, Clustering()).folder)
     passages = Passages(corpus.documents["num_tokens"].to_numpy(), seed=7)
     list(passages.of(texts))
-    far = np.mean([router.is_far(snippet) for snippet in passages.snippets])
-    assert far == pytest.approx(0.01, abs=SAMPLING)
+    for length, snippets in zip(FAR_CHARS[:3], passages.snippets, strict=False):
+        assert {len(snippet) for snippet in snippets} == {length}
+        assert np.mean([router.is_far(snippet) for snippet in snippets]) == pytest.approx(0.01, abs=SAMPLING)
     assert router.is_far("der die das und ist nicht ein eine wurde zwischen vom zum") and not router.is_far("")
 
 
@@ -94,8 +95,9 @@ def test_passages_are_beginnings_and_inner_parts_of_their_documents():
     texts = [f"{n} " * 2_000 for n in range(100, 140)] + ["short"]
     passages = Passages(np.full(len(texts), 500), seed=0)
     assert list(passages.of(texts)) == texts
-    assert len(passages.snippets) == NUM_SNIPPETS and {len(s) for s in passages.snippets} <= {SNIPPET_CHARS, 5}
-    assert len(passages.texts) == len(passages.document) == NUM_SNIPPETS
+    for length, snippets in zip(FAR_CHARS, passages.snippets, strict=True):
+        assert len(snippets) == NUM_SNIPPETS and {len(s) for s in snippets} <= {length, 5}
+    assert len(passages.texts) == len(passages.document) == MIN_PASSAGES
     assert all(passage in texts[document] for passage, document in zip(passages.texts, passages.document, strict=True))
     lengths = [
         len(p) for p, document in zip(passages.texts, passages.document, strict=True) if texts[document] != "short"

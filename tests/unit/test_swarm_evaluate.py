@@ -235,7 +235,7 @@ def test_the_endpoint_and_the_table_send_the_same_text_to_the_seed(corpus, swarm
     router = swarm.router()
     members = {name: Scored(swarm.checkpoint(name), corpus.tokenizer) for name in ("e00", "e01", "seed")}
     text = HeldOut("x", list(("court judge appeal verdict court judge " + "xyz uvw " * 12).encode()))
-    router.far = 0.5  # of two clusters as far apart as these no text that mixes them is nearer
+    router.far = [1.0] * 5  # which text that has as many unknown words as this is beyond
     table = far_tokens(router, corpus.tokenizer, text, 16)[::16]
 
     async def is_seed(start: int) -> bool:
@@ -244,6 +244,7 @@ def test_the_endpoint_and_the_table_send_the_same_text_to_the_seed(corpus, swarm
         return set((await weighing(so_far, members, Account("route", Budget()))).weights) == {"seed"}
 
     assert [asyncio.run(is_seed(start)) for start in windows(text, 16)] == table.tolist()
+    assert set(table.tolist()) == {True, False}
 
 
 def test_a_swarm_without_controls_has_no_such_columns(corpus, swarm):

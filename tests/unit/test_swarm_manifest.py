@@ -78,9 +78,7 @@ def of_two_tokenizers(root: Path) -> dict[str, Part]:
 @pytest.mark.parametrize(
     "strategy", [{"kind": "mixture"}, {"kind": "route", "margin": 0.2}, {"kind": "route", "by": "likelihood"}]
 )
-def test_members_of_two_tokenizers_are_refused_where_a_strategy_needs_one_vocabulary(
-    root, of_two_tokenizers, strategy
-):
+def test_members_of_two_tokenizers_are_refused_where_a_strategy_needs_one_vocabulary(root, of_two_tokenizers, strategy):
     message = f"members.e01: has another tokenizer than e00, and strategy {strategy['kind']} .*kind: route"
     fields = {"router": root / "clustering", "budget": Budget(), "tokenizer_digest": "t", "corpus_digest": "c"}
     with pytest.raises(ConfigError, match=message):

@@ -1,6 +1,8 @@
 """The served embedding and router: equal to scikit-learn's, weights that sum to one, verified files."""
 
 import json
+import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from sklearn.preprocessing import Normalizer
 from ulm import artefacts
 from ulm.errors import ArtefactError
 from ulm.swarm.embed import MAX_CHARS, Embedder, words
-from ulm.swarm.router import FILES, Head, Router, top_k
+from ulm.swarm.router import FAR_CHARS, FILES, Head, Router, nearest_squared, top_k
+
+FAR = (1.95, 1.9, 1.875, 1.8, 1.75)
 
 TEXTS = [
     "The court shall hear the appeal within 30 days of the judgment; the court may extend the days.",
@@ -25,13 +29,13 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def fitted() -> tuple[TfidfVectorizer, TruncatedSVD]:
-    """scikit-learn's own tokens, stop words, tf-idf and SVD; only what is a number is ours to say."""
+    """scikit-learn's own tf-idf and SVD; what is a word and what a number is ours to say."""
 
     def tokens(text: str) -> list[str]:
-        found = TfidfVectorizer().build_tokenizer()(text)
+        found = re.findall(r"(?u)\b\w\w+\b|[^\w\s]", text)
         return ["#NUMBER" if token[0].isdigit() else token for token in found]
 
-    vectorizer = TfidfVectorizer(tokenizer=tokens, token_pattern=None, stop_words="english")
+    vectorizer = TfidfVectorizer(tokenizer=tokens, token_pattern=None, sublinear_tf=True)
     svd = TruncatedSVD(4, random_state=0).fit(vectorizer.fit_transform(TEXTS))
     return vectorizer, svd
 
@@ -61,8 +65,8 @@ def test_the_served_transform_equals_scikit_learns(text, fitted, embedder):
     assert np.linalg.norm(embedder(text)) == pytest.approx(1.0, abs=1e-12)
 
 
-def test_words_are_lower_case_two_letters_or_more_and_numbers_are_one_word():
-    assert words("A naïve Test: x_1 4th 1999, z 7") == ["naïve", "test", "x_1", "#NUMBER", "#NUMBER"]
+def test_words_are_lower_case_two_letters_or_more_or_marks_and_numbers_are_one_word():
+    assert words("A naïve Test: x_1 4th 1999, z 7") == ["naïve", "test", ":", "x_1", "#NUMBER", "#NUMBER", ","]
 
 
 def test_only_the_end_of_a_long_text_is_looked_at(embedder):
@@ -86,20 +90,68 @@ def test_weights_are_the_softmax_of_squared_distances_over_temperature(embedder)
     np.testing.assert_allclose(router.weights(TEXTS[3]), expected / expected.sum(), rtol=1e-9)
 
 
-@pytest.mark.parametrize("text", ["", " \n", "the of and", "zzz qqq"])
+@pytest.mark.parametrize("text", ["", " \n", "a b c", "zzz qqq"])
 def test_weights_are_the_clusters_shares_where_no_word_is_known(text, embedder):
     assert router_of(embedder).weights(text).tolist() == [0.5, 0.3, 0.2]
 
 
-def test_text_is_far_beyond_the_distance_and_where_it_has_words_but_none_that_is_known(embedder):
+def far_distance(vectorizer: TfidfVectorizer, router: Router, text: str) -> float:
+    """The slow way: the whole tf-idf vector with a place for each unknown word, the centroids lifted to as many."""
+    counts = Counter(vectorizer.build_analyzer()(text))
+    names = [*vectorizer.vocabulary_, *(word for word in counts if word not in vectorizer.vocabulary_)]
+    idf = {word: vectorizer.idf_[row] for word, row in vectorizer.vocabulary_.items()}
+    x = np.array([(1 + np.log(counts[n])) * idf.get(n, vectorizer.idf_.max()) if n in counts else 0.0 for n in names])
+    x /= np.linalg.norm(x)
+    lifted = [router.embedder.components_VD[vectorizer.vocabulary_[n]] if n in idf else np.zeros(4) for n in names]
+    centroids = [np.array(lifted, dtype=float) @ c_D for c_D in router.centroids_ND]
+    return min(float(np.square(x - c / np.linalg.norm(c)).sum()) for c in centroids)
+
+
+@pytest.mark.parametrize("text", [TEXTS[3], "the judge reads of zebras, zebras and quaggas!"])
+def test_text_is_far_beyond_the_distance_to_the_nearest_centroid_unknown_words_included(text, fitted, embedder):
     router = router_of(embedder)
-    assert not any(router.is_far(text) for text in [*TEXTS, "zzz qqq"])  # no distance was calibrated
-    router.far = np.nextafter(np.square(embedder(TEXTS[3]) - router.centroids_ND).sum(axis=1).min(), 0)
-    assert router.is_far(TEXTS[3]) and not router.is_far(TEXTS[0])
-    router.far = np.nextafter(router.far, 9, dtype=np.float64) + 1e-12
-    assert not router.is_far(TEXTS[3])
-    assert router.is_far("zzz qqq")
-    assert not any(router.is_far(text) for text in ("", " \n", "a . ;"))  # no words at all
+    text = f"{text} " * 10
+    assert len(text) > FAR_CHARS[-2]
+    distance = far_distance(fitted[0], router, text)
+    router.far = [0.0, 0.0, 0.0, distance + 1e-5, distance + 1e-5]
+    assert not router.is_far(text)
+    router.far = [9.0, 9.0, 9.0, distance - 1e-5, distance - 1e-5]  # components are stored in float32
+    assert router.is_far(text)
+
+
+def test_how_far_is_far_depends_on_a_texts_length_and_less_than_fifty_characters_tell_nothing(embedder):
+    router = router_of(embedder)
+    router.far = [2.0, 1.9, 1.0, 0.0, 0.0]
+    words_of = "court judge appeal "
+    assert router.is_far(words_of * 22) and not router.is_far(words_of * 4)
+    router.far = [0.0] * 5
+    assert router.is_far(words_of * 3) and not router.is_far(words_of)
+    limits = [nearest_squared(embedder.project(words_of * n)[None], router.centroids_ND)[0] for n in (3, 7, 15, 50)]
+    assert max(limits) - min(limits) < 1e-6  # the same words in the same shares: only the limits differ
+
+
+def test_text_of_unknown_words_alone_is_far_and_text_without_words_is_not(embedder):
+    router = router_of(embedder)
+    assert not router.is_far("zzz qqq")  # no distance was calibrated
+    router.far = [1.9] * 5
+    assert router.is_far("zzz qqq") and not router.is_far(TEXTS[0])
+    assert not any(router.is_far(text) for text in ("", " \n", "a b c"))
+
+
+def test_a_router_of_before_counts_words_as_they_are(fitted, embedder, tmp_path):
+    router = router_of(embedder)
+    stored(router, tmp_path / "router")
+    fields = json.loads((tmp_path / "router" / "router.json").read_text())
+    del fields["sublinear"], fields["far"]
+    artefacts.write_json(tmp_path / "router" / "router.json", fields)
+    files = artefacts.digest_files(tmp_path / "router")
+    artefacts.write_json(tmp_path / "router" / "manifest.json", {"format_version": 1, "files": files})
+    loaded = Router.load(tmp_path / "router")
+    plain = TfidfVectorizer(analyzer=words, vocabulary=fitted[0].vocabulary_)
+    plain.idf_ = fitted[0].idf_
+    expected = Normalizer().transform(fitted[1].transform(plain.transform([TEXTS[0]])))[0]
+    assert np.abs(loaded.embedder(TEXTS[0]) - expected).max() < 1e-6
+    assert loaded.far is None
 
 
 def test_a_head_weighs_in_the_centroids_place(embedder):
@@ -123,10 +175,10 @@ def test_a_head_shares_out_among_the_experts_that_it_knows_what_centroids_give_t
 
 def test_a_stored_router_comes_back_with_its_head_and_its_distance(embedder, tmp_path):
     router = router_of(embedder)
-    router.far, router.head = 0.875, Head(np.eye(3, 4), np.arange(3.0))
+    router.far, router.head = FAR, Head(np.eye(3, 4), np.arange(3.0))
     stored(router, tmp_path / "router")
     loaded = Router.load(tmp_path / "router")
-    assert loaded.far == 0.875
+    assert loaded.far == FAR
     np.testing.assert_array_equal(loaded.weights(TEXTS[1]), router.weights(TEXTS[1]))
     assert loaded.weights(TEXTS[1]).tolist() != router_of(embedder).weights(TEXTS[1]).tolist()
 
@@ -134,12 +186,13 @@ def test_a_stored_router_comes_back_with_its_head_and_its_distance(embedder, tmp
 @pytest.mark.parametrize(
     ("far", "head", "message"),
     [
-        (0.5, Head(np.eye(2, 4), np.zeros(3)), "head and centroids differ in size"),
-        (0.5, Head(np.eye(4, 4), np.zeros(4)), "head and centroids differ in size"),
-        (0.5, Head(np.eye(3, 4), np.zeros(2)), "head and centroids differ in size"),
-        (0.5, Head(np.full((3, 4), np.nan), np.zeros(3)), "the head must be finite"),
-        (-1.0, None, "far must be a finite squared distance"),
-        (np.inf, None, "far must be a finite squared distance"),
+        (FAR, Head(np.eye(2, 4), np.zeros(3)), "head and centroids differ in size"),
+        (FAR, Head(np.eye(4, 4), np.zeros(4)), "head and centroids differ in size"),
+        (FAR, Head(np.eye(3, 4), np.zeros(2)), "head and centroids differ in size"),
+        (FAR, Head(np.full((3, 4), np.nan), np.zeros(3)), "the head must be finite"),
+        ((-1.0, *FAR[1:]), None, "far must be 5 finite squared distances"),
+        ((np.inf, *FAR[1:]), None, "far must be 5 finite squared distances"),
+        (FAR[1:], None, "far must be 5 finite squared distances"),
     ],
 )
 def test_a_router_whose_parts_do_not_fit_is_refused(far, head, message, embedder, tmp_path):
@@ -148,16 +201,6 @@ def test_a_router_whose_parts_do_not_fit_is_refused(far, head, message, embedder
     stored(router, tmp_path / "router")
     with pytest.raises(ArtefactError, match=message):
         Router.load(tmp_path / "router")
-
-
-def test_a_router_of_before_has_no_distance(embedder, tmp_path):
-    folder = tmp_path / "router"
-    stored(router_of(embedder), folder)
-    fields = json.loads((folder / "router.json").read_text())
-    del fields["far"]
-    artefacts.write_json(folder / "router.json", fields)
-    artefacts.write_json(folder / "manifest.json", {"format_version": 1, "files": artefacts.digest_files(folder)})
-    assert Router.load(folder).far is None
 
 
 def test_top_k_keeps_the_largest_made_to_sum_to_one():

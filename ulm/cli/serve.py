@@ -45,13 +45,20 @@ def up(
     Example: ulm serve up serve.yaml --set port=8001 --set cpus=2
 
     cpus: cores that each engine computes on. Settings of its own (docs/engine.md): --set engine.dtype=bfloat16
+
+    Who answers, what it may cost, who steps in (docs/swarm.md): --set strategy.kind=route --set budget.max_calls=4
+    --set limits.max_top_k=2 --set fallback=[seed]
     """
     loaded = cast(ServeRecipe, load_recipe("serve up", recipe, overrides))
     root = runtime.root()
-    if (state := cluster.running(root)) is not None:
-        raise ClusterError(f"already serving at {state['url']} (pid {state['pid']}); end it with `ulm serve down`")
+    if (running := cluster.running(root)) is not None:
+        problem = f"already serving at {running['url']} (pid {running['pid']})"
+        raise ClusterError(f"{problem}; end it with `ulm serve down`")
     if detach:
-        console.finish(_detached(root, recipe, overrides, address))
+        console.err.print(f"starting; what it says goes to {root / 'serve.log'}", soft_wrap=True)
+        with console.err.status("starting the endpoint"):
+            state = _detached(root, recipe, overrides, address)
+        console.finish(state)
         return
     from serve import app as serve_app
     from serve.plan import make_plan

@@ -14,7 +14,9 @@ from ulm.cli.options import Address, Overrides, Recipe
 from ulm.recipes import SwarmAddRecipe, SwarmRecipe, TrainRecipe, load_recipe
 
 FEW_TOKENS = 2_000  # the standard error of bits per byte is then some percent
-swarm = typer.Typer(help="Train swarms and show them.", no_args_is_help=True)
+swarm = typer.Typer(
+    help="Plan and train swarms, show them, give them one expert more or one fewer.", no_args_is_help=True
+)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -24,9 +26,11 @@ def add_to(app: typer.Typer) -> None:
 
 @swarm.command("train")
 def train(recipe: Recipe, overrides: Overrides = [], address: Address = None) -> None:  # noqa: B006  typer copies it
-    """Cluster a corpus, train a seed, one expert per cluster and the dense control, and compare them.
+    """Cluster a corpus, train a seed, one expert per cluster and the controls, and compare them.
 
     Running it again resumes. Example: ulm swarm train swarm.yaml --set experts=8
+
+    The recipe's fields: docs/swarm.md. What it would come to, before: ulm swarm plan swarm.yaml
     """
     loaded = cast(SwarmRecipe, load_recipe("swarm train", recipe, overrides))
     root = runtime.root()
@@ -39,12 +43,16 @@ def train(recipe: Recipe, overrides: Overrides = [], address: Address = None) ->
     if "bits_per_byte" in result:
         console.err.print(comparison(result["bits_per_byte"]))
         _warn_of_noise(result.get("scored_tokens", {}))
+        console.err.print(swarm_tables.ending(loaded.name, result.get("perplexity_ratio", {})))
     console.finish_job(result)
 
 
 @swarm.command("add")
 def add(recipe: Recipe, overrides: Overrides = [], address: Address = None) -> None:  # noqa: B006  typer copies it
     """Train one expert more from a swarm's seed, for the text of another corpus; the other members stay as they are.
+
+    The recipe has swarm (a name), corpus, train, and if you like member (an id) and name (of the run). The corpus is one
+    with the swarm's tokenizer: `tokenizer:` in its recipe takes the digest that `ulm swarm show` prints.
 
     Running it again resumes. Example: ulm swarm add poems.yaml --set swarm=mine
     """
@@ -65,6 +73,8 @@ def add(recipe: Recipe, overrides: Overrides = [], address: Address = None) -> N
             )
 
         result = change.add(loaded, root=root, near=recipe.parent, run=run)
+    if "shares" in result:
+        console.err.print(swarm_tables.changed(f"{result['member']} is an expert of {loaded.swarm}", result))
     console.finish_job(result)
 
 
@@ -73,18 +83,27 @@ def drop(
     name: Annotated[str, typer.Argument(metavar="SWARM", help="Its name.", show_default=False)],
     member: Annotated[str, typer.Argument(help="An expert's id.", show_default=False)],
 ) -> None:
-    """Write a swarm anew without one of its experts. Its checkpoint stays; the old version keeps its digest."""
+    """Write a swarm anew without one of its experts. Its checkpoint stays; the old version keeps its digest.
+
+    Example: ulm swarm drop mine e03
+    """
     from pipelines.swarm import change
 
-    console.finish(change.drop(name, member, root=runtime.root()))
+    result = change.drop(name, member, root=runtime.root())
+    console.err.print(swarm_tables.changed(f"{member} is no longer an expert of {name}", result))
+    console.finish(result)
 
 
 @swarm.command("show")
 def show(name: Annotated[str, typer.Argument(help="A name, a digest or a path.", show_default=False)]) -> None:
-    """A swarm's manifest: members, router, strategy, what they were made from."""
+    """A swarm's manifest: members, router, strategy, what they were made from.
+
+    Example: ulm swarm show mine
+    """
     from ulm.swarm.manifest import Swarm
 
     found = Swarm.open(name, root=runtime.root(), verify=False)
+    console.err.print(swarm_tables.manifest(found.manifest.model_dump()))
     console.finish({"swarm": str(found.folder), **found.manifest.model_dump()})
 
 

@@ -9,6 +9,8 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from ulm.recipes.base import Name, Recipe, Section
 from ulm.registry import configure
 
+PATIENCE_S = 30.0
+
 
 def _not_reserved(name: str) -> str:
     if name == "swarm":
@@ -22,9 +24,9 @@ MemberId = Annotated[Name, AfterValidator(_not_reserved)]
 class Budget(Section):
     """What one request may spend; None is no limit."""
 
-    max_calls: int | None = Field(None, ge=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_ms: int | None = Field(None, ge=1, le=86_400_000)
+    max_calls: int | None = Field(None, ge=1, strict=True)
+    max_tokens: int | None = Field(None, ge=1, strict=True)
+    max_ms: int | None = Field(None, ge=1, le=86_400_000, strict=True)
 
 
 class Limits(Section):
@@ -52,6 +54,7 @@ class ServeRecipe(Recipe):
     limits: Limits = Limits()
     # Members that answer, in this order, where those that should are down; None: the swarm's seed, if it serves one.
     fallback: tuple[MemberId, ...] | None = None
+    patience_s: float = Field(PATIENCE_S, gt=0)  # a member that says nothing for so long is passed over
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65_535)
     cpus: float = Field(1.0, gt=0)  # of each engine replica

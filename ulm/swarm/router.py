@@ -22,9 +22,10 @@ from safetensors.numpy import load_file, save_file
 
 from ulm import artefacts
 from ulm.errors import ArtefactError
-from ulm.swarm.embed import MAX_CHARS, Embedder, words
+from ulm.swarm.embed import Embedder
 
 FILES = ("router.json", "router.safetensors")
+FAR_CHARS = (50, 100, 200, 400, 800)  # lengths of text that `far` is calibrated at: a short text is farther from all
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,9 @@ class Head:
 class Router:
     """Weights of N experts for a text. `ids` are the experts' member ids, in the order of the weights.
 
-    `far` is the squared distance to the nearest centroid from which on a text is like none of the training text; None:
-    no distance is. `head` shares out what the centroids give to the experts that it knows; all, if no expert was added.
+    `far` holds, for texts of each of FAR_CHARS, the squared distance to the nearest centroid beyond which one is like
+    none of the training text, in the space before the SVD, so that words count which training never had; None: no text
+    is far. `head` shares out what the centroids give to the experts that it knows: everything, if no expert was added.
     """
 
     def __init__(
@@ -51,11 +53,11 @@ class Router:
         temperature: float,
         digest: str = "",
         *,
-        far: float | None = None,
+        far: Sequence[float] | None = None,
         head: Head | None = None,
     ) -> None:
         self.ids, self.embedder, self.temperature = tuple(ids), embedder, temperature
-        self.far, self.head = far, head
+        self.far, self.head = None if far is None else tuple(far), head
         self.centroids_ND = np.asarray(centroids_ND, dtype=np.float64)
         self.shares_N = np.asarray(shares_N, dtype=np.float64)
         self.digest = digest  # over the stored files; "" for a router that was not loaded
@@ -79,10 +81,13 @@ class Router:
         """
         if self.far is None:
             return False
-        h_D = self.embedder(text)
-        if h_D is None:
-            return bool(words(text[-MAX_CHARS:]))
-        return bool(np.square(h_D - self.centroids_ND).sum(axis=1).min() > self.far)
+        p_D = self.embedder.project(text)
+        if p_D is None:
+            return False
+        if len(text) < FAR_CHARS[0]:  # too little to tell by distance
+            return not p_D.any()
+        limit = np.interp(np.log(len(text)), np.log(FAR_CHARS), self.far)
+        return bool(nearest_squared(p_D[None], self.centroids_ND)[0] > limit)
 
     def write(self, folder: Path) -> None:
         """The files of FILES, into a folder that an artefact is being made in."""
@@ -92,6 +97,7 @@ class Router:
             "ids": self.ids,
             "temperature": self.temperature,
             "far": self.far,
+            "sublinear": self.embedder.sublinear,
             "shares": self.shares_N.tolist(),
             "vocabulary": vocabulary,
             "idf": self.embedder.idf_V.tolist(),
@@ -118,16 +124,27 @@ class Router:
                 {word: row for row, word in enumerate(fields["vocabulary"])},
                 np.array(fields["idf"], dtype=np.float64),
                 arrays["components"],
+                sublinear=bool(fields.get("sublinear", False)),
             )
             shares_N = np.array(fields["shares"], dtype=np.float64)
             _check(fields, arrays, shares_N)
             head = Head(arrays["head.matrix"], arrays["head.bias"]) if "head.matrix" in arrays else None
-            far = None if fields.get("far") is None else float(fields["far"])  # a router of before has none
+            far = None if fields.get("far") is None else [float(limit) for limit in fields["far"]]  # of before: none
             digest = artefacts.digest_json(stored)
             parts = (fields["ids"], embedder, arrays["centroids"], shares_N, float(fields["temperature"]), digest)
             return cls(*parts, far=far, head=head)
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ArtefactError(f"{folder}: not a readable router: {error!r}") from None
+
+
+def nearest_squared(p_MD: NDArray[np.float64], centroids_ND: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The squared distance of each text's unit tf-idf vector to the nearest centroid made a unit vector.
+
+    p_MD is what the SVD sees of the texts. As the components are orthonormal, |x - c|^2 = 2 - 2 p c.
+    """
+    length_N1 = np.linalg.norm(centroids_ND, axis=1, keepdims=True)
+    unit_ND = np.divide(centroids_ND, length_N1, out=np.zeros_like(centroids_ND), where=length_N1 > 0)
+    return np.asarray(2 - 2 * (p_MD @ unit_ND.T).max(axis=1))
 
 
 def _softmax(score_N: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -146,8 +163,9 @@ def _check(fields: dict[str, Any], arrays: dict[str, NDArray[Any]], shares_N: ND
     temperature = float(fields["temperature"])
     if not (np.isfinite(temperature) and temperature > 0 and np.isfinite(shares_N).all() and shares_N.sum() > 0):
         raise ValueError("temperature and shares must be finite, and above zero")
-    if fields.get("far") is not None and not 0 <= float(fields["far"]) < np.inf:
-        raise ValueError("far must be a finite squared distance")
+    if (far := fields.get("far")) is not None:
+        if len(far) != len(FAR_CHARS) or not all(0 <= float(limit) < np.inf for limit in far):
+            raise ValueError(f"far must be {len(FAR_CHARS)} finite squared distances")
     if not all(np.isfinite(array).all() for array in (centroids_ND, components_VD, np.array(fields["idf"]))):
         raise ValueError("idf, components and centroids must be finite")
     _check_head(arrays, centroids_ND)

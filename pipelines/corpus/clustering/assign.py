@@ -7,7 +7,6 @@ Shape letters: N documents, C clusters, V words of the vocabulary, D dimensions 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +18,7 @@ from scipy.sparse import csr_matrix
 
 from pipelines.corpus.over import Item, Task
 from ulm.corpus.manifest import Corpus
-from ulm.swarm.embed import Embedder, words
+from ulm.swarm.embed import Embedder
 
 MAX_DOCUMENT_TOKENS = 4_096  # of a document's beginning that are looked at
 
@@ -61,16 +60,22 @@ def first_texts(corpus: Corpus, documents: Mapping[str, list[Any]]) -> Iterator[
 
 def embed_texts(embedder: Embedder, texts: Iterable[str]) -> NDArray[np.float64]:
     """Unit vectors h_ND of whole texts, zero where no word is known: `embedder` itself looks at a text's end alone."""
-    row_of, rows, counts, ends = embedder.vocabulary.get, [], [], [0]
+    return unit(project_texts(embedder, texts))
+
+
+def project_texts(embedder: Embedder, texts: Iterable[str]) -> NDArray[np.float64]:
+    """What the SVD sees of whole texts' unit tf-idf vectors, as p_ND, zero where no word is known."""
+    rows, tf_idf, ends = [], [], [0]
     for text in texts:
-        for word, count in Counter(words(text)).items():
-            if (row := row_of(word)) is not None:
-                rows.append(row)
-                counts.append(count)
-        ends.append(len(rows))
-    tf_idf = np.array(counts, dtype=np.float64) * embedder.idf_V[np.array(rows, dtype=np.int64)]
-    tf_idf_NV = csr_matrix((tf_idf, rows, ends), shape=(len(ends) - 1, len(embedder.idf_V)))
-    return unit(tf_idf_NV @ embedder.components_VD)  # tf-idf's own norm has no effect on a direction
+        own_rows, own_tf_idf, length = embedder.weighted(text)
+        rows.append(own_rows)
+        tf_idf.append(own_tf_idf / (length or 1.0))
+        ends.append(ends[-1] + len(own_rows))
+    if not rows:
+        return np.zeros((0, embedder.components_VD.shape[1]))
+    shape = (len(rows), len(embedder.idf_V))
+    tf_idf_NV = csr_matrix((np.concatenate(tf_idf), np.concatenate(rows), ends), shape=shape)
+    return np.asarray(tf_idf_NV @ embedder.components_VD)
 
 
 def unit(x_ND: NDArray[Any]) -> NDArray[np.float64]:

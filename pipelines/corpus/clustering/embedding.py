@@ -1,6 +1,6 @@
 """Documents to unit vectors: tf-idf and SVD fitted on a sample of the training split (c-BTM, arXiv 2303.14177, 3.1).
 
-Shape letters: N documents, M snippets, V words of the vocabulary, D dimensions of the embedding.
+Shape letters: N documents, L lengths, M snippets or passages, V words of the vocabulary, D dimensions of the embedding.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
+from sklearn.feature_extraction.text import TfidfVectorizer
 
-from pipelines.corpus.clustering.assign import embed_texts, first_texts, located, unit
+from pipelines.corpus.clustering.assign import embed_texts, first_texts, located, project_texts, unit
 from pipelines.corpus.clustering.passages import Passages
 from pipelines.corpus.over import Progress
 from ulm.corpus.manifest import Corpus
@@ -33,7 +33,7 @@ class Sample:
     h_ND: NDArray[np.float64]  # unit vectors
     tokens_N: NDArray[np.int64]
     share: float  # of the training tokens that were looked at, those of documents without a known word included
-    snippet_h_MD: NDArray[np.float64]  # of short passages that say what is far; zeros where no word is known
+    snippet_p_LMD: NDArray[np.float64]  # what the SVD sees of snippets of each length, which say what is far
     passage_h_MD: NDArray[np.float64]  # of those that a head learns from
     document_M: NDArray[np.int64]  # which of the documents each of these is from
 
@@ -48,16 +48,16 @@ class Sample:
         share: float = 1.0,
     ) -> Sample:
         """Those of these documents that have a known word, with the passages cut from them that have one."""
-        known_N = h_ND.any(axis=1)
+        known_N: NDArray[np.bool_] = np.asarray(h_ND.any(axis=1))
         place_N = np.cumsum(known_N) - 1
         passage_h_MD, document_M = embed_texts(embedder, passages.texts), np.array(passages.document, dtype=np.int64)
-        usable_M = passage_h_MD.any(axis=1) & known_N[document_M]
+        usable_M: NDArray[np.bool_] = np.asarray(passage_h_MD.any(axis=1)) & known_N[document_M]
         return cls(
             rows[known_N],
             h_ND[known_N],
             tokens_N[known_N],
             share,
-            embed_texts(embedder, passages.snippets),
+            np.stack([project_texts(embedder, snippets) for snippets in passages.snippets]),
             passage_h_MD[usable_M],
             place_N[document_M[usable_M]],
         )
@@ -69,7 +69,7 @@ def fit_embedder(corpus: Corpus, config: Clustering, progress: Progress) -> tupl
     chosen = train
     if len(train) > MAX_FIT_DOCUMENTS:
         chosen = np.sort(np.random.default_rng(config.seed).choice(train, MAX_FIT_DOCUMENTS, replace=False))
-    vectorizer = TfidfVectorizer(analyzer=content_words, max_features=config.max_features)
+    vectorizer = TfidfVectorizer(analyzer=words, sublinear_tf=True, max_features=config.max_features)
     tokens_N = corpus.documents["num_tokens"].to_numpy()
     passages = Passages(tokens_N[chosen], config.seed)
     texts = _counted(first_texts(corpus, located(corpus, chosen)), len(chosen), progress)
@@ -94,11 +94,6 @@ def _counted(texts: Iterator[str], total: int, progress: Progress) -> Iterator[s
             progress("embed a sample", done, total, "")
         yield text
     progress("embed a sample", total, total, "")
-
-
-def content_words(text: str) -> list[str]:
-    """Words of a text without English stop words."""
-    return [word for word in words(text) if word not in ENGLISH_STOP_WORDS]
 
 
 def in_training(corpus: Corpus) -> NDArray[np.bool_]:

@@ -1,6 +1,6 @@
 """Short passages of training text, as a server sees them: what the router learns to tell apart, and what it calls far.
 
-Shape letters: N documents, M passages, C clusters, D dimensions of the embedding.
+Shape letters: N documents, L lengths, M passages, C clusters, D dimensions of the embedding.
 """
 
 from __future__ import annotations
@@ -10,28 +10,28 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.corpus.clustering.assign import squared_distances
+from ulm.swarm.router import FAR_CHARS, nearest_squared
 
-SNIPPET_CHARS = 300  # of the passages that say what is far
-NUM_SNIPPETS = 4_000  # of them: 40 lie beyond the 99th percentile
+NUM_SNIPPETS = 1_000  # passages of each of FAR_CHARS, which say what is far: 10 lie beyond the 99th percentile
 FAR_PERCENTILE = 99.0  # of training text's own snippets: one in a hundred is taken for foreign
 MIN_CHARS, MAX_CHARS = 80, 1_500  # of the passages that a head learns from, log-uniform: prompts, and answers so far
-MAX_PASSAGES = 20_000  # of them, half as many where there are fewer documents
+MIN_PASSAGES, MAX_PASSAGES = 4_000, 20_000  # of them: as many as documents, between the two
 
 
 class Passages:
     """Passages cut from documents while these go by; `tokens_N` are the documents' tokens, in the order of the texts.
 
-    `snippets` are cut at random places, in proportion to tokens. Of `texts`, which come from the documents `document`,
-    half are cut like that, and half are beginnings, of any document as often: what a prompt looks like.
+    `snippets`, for each of FAR_CHARS, are cut at random places, in proportion to tokens. Of `texts`, which come from
+    the documents `document`, half are cut like that, and half are beginnings, of any document as often: what a prompt
+    looks like.
     """
 
     def __init__(self, tokens_N: NDArray[np.int64], seed: int) -> None:
-        self.snippets: list[str] = []
+        self.snippets: list[list[str]] = [[] for _ in FAR_CHARS]
         self.texts: list[str] = []
         self.document: list[int] = []
         self._generator = np.random.default_rng(seed)
-        number = min(MAX_PASSAGES, max(NUM_SNIPPETS, len(tokens_N))) // 2
+        number = min(MAX_PASSAGES, max(MIN_PASSAGES, len(tokens_N))) // 2
         by_tokens_N = np.maximum(tokens_N, 1) / np.maximum(tokens_N, 1).sum()
         alike_N = np.full(len(tokens_N), 1 / len(tokens_N))
         draw = self._generator.multinomial
@@ -41,7 +41,8 @@ class Passages:
     def of(self, texts: Iterable[str]) -> Iterator[str]:
         """The same texts, with passages taken from each on its way."""
         for index, text in enumerate(texts):
-            self.snippets += self._cut(text, np.full(self._snippets_N[index], SNIPPET_CHARS))
+            for length, snippets in zip(FAR_CHARS, self.snippets, strict=True):
+                snippets += self._cut(text, np.full(self._snippets_N[index], length))
             inner = self._cut(text, self._lengths(self._inner_N[index]))
             own = inner + [text[:length] for length in self._lengths(self._first_N[index])]
             self.texts += own
@@ -57,12 +58,9 @@ class Passages:
         return [text[start : start + length] for start, length in zip(starts, lengths, strict=True)]
 
 
-def far_distance(h_MD: NDArray[np.float64], centroids_CD: NDArray[np.float64]) -> float | None:
-    """The squared distance to the nearest centroid that FAR_PERCENTILE of these stay within.
+def far_distances(p_LMD: NDArray[np.float64], centroids_CD: NDArray[np.float64]) -> list[float]:
+    """For each length the squared distance to the nearest centroid that FAR_PERCENTILE of its snippets stay within.
 
-    Snippets without a known word (zeros) have no distance; None where none has one.
+    p_LMD is what the SVD sees of them; see `Router.is_far`.
     """
-    h_MD = h_MD[h_MD.any(axis=1)]
-    if not len(h_MD):
-        return None
-    return float(np.percentile(squared_distances(h_MD, centroids_CD).min(axis=1), FAR_PERCENTILE))
+    return [float(np.percentile(nearest_squared(p_MD, centroids_CD), FAR_PERCENTILE)) for p_MD in p_LMD]
