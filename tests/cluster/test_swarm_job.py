@@ -194,7 +194,8 @@ def test_eight_runs_end_as_if_nothing_had_happened_with_a_worker_killed_every_fe
     monkeypatch.setattr(workers_job, "POLL_S", 0.05)
     tasks = queue_tasks(home, {f"soak{number}": 300 + 40 * number for number in range(8)})
     killer = Killer(home, kills=12, every_s=4.0)
-    figures = train_all(tasks, name="soak", resources=ONE_CPU, on_progress=killer)
+    patient = ONE_CPU.model_copy(update={"max_restarts": 12})  # the same run may be hit before it saves again
+    figures = train_all(tasks, name="soak", resources=patient, on_progress=killer)
     assert (figures["workers"], figures["lost"], killer.left) == (2, 12, 0)
     for task in tasks:
         as_undisturbed(task)

@@ -24,6 +24,8 @@ from ulm.swarm.routing import By, chosen, weigh
 FLOAT32_MIXTURE = 1e-4  # nats: cached and whole passes in float32 differ by less, and so do the weights that follow
 NUM_TOKENS = 22
 PROMPT = "Return the value of"
+SAMPLING: dict[str, Any] = {"temperature": 0.9, "seed": 4}
+NEVER = -100.0  # a bias under which no answer ends early
 Served = Callable[..., tuple[TokenChunk, Ledger]]
 
 
@@ -45,7 +47,7 @@ def served(swarm: Swarm) -> Iterator[Served]:
             (tokenizer.eot_id, *tokenizer.encode(PROMPT)),
             {},
             NUM_TOKENS,
-            sampling=Sampling(temperature=0.9, seed=4),
+            sampling=Sampling(**SAMPLING, logit_bias=((tokenizer.eot_id, NEVER),)),
             num_top_logprobs=0,
         )
         mixture = Mixture(registry.configure("strategy", {"kind": "mixture", **options}))
@@ -72,7 +74,9 @@ def offline(swarm: Swarm, answer: TokenChunk, every_tokens: int, top_k: int, by:
     logprobs_NTV = torch.stack(
         [ulm.load(swarm.checkpoint(name))[0](torch.tensor([tokens]))[0].float().log_softmax(-1) for name in router.ids]
     )
-    of_text_NT = logprobs_NTV[:, :-1].gather(-1, torch.tensor(tokens[1:]).expand(len(router.ids), -1)[..., None])[..., 0]
+    of_text_NT = logprobs_NTV[:, :-1].gather(-1, torch.tensor(tokens[1:]).expand(len(router.ids), -1)[..., None])[
+        ..., 0
+    ]
     found = []
     for at in range(len(prompt), len(tokens)):
         window = len(prompt) + (at - len(prompt)) // every_tokens * every_tokens
@@ -100,7 +104,8 @@ def test_a_mixture_of_one_is_that_expert(swarm: Swarm, served: Served) -> None:
     (call,) = ledger.calls
     assert call.weight == 1.0 and call.tokens_out == NUM_TOKENS
     model, tokenizer = ulm.load(swarm.checkpoint(call.member))
-    oracle = ulm.generate(model, tokenizer, PROMPT, max_tokens=NUM_TOKENS, temperature=0.9, seed=4)
+    never = {tokenizer.eot_id: NEVER}
+    oracle = ulm.generate(model, tokenizer, PROMPT, max_tokens=NUM_TOKENS, logit_bias=never, **SAMPLING)
     assert list(answer.tokens) == oracle.tokens
     np.testing.assert_allclose([e.logprob for e in answer.logprobs], oracle.logprobs, atol=FLOAT32_MIXTURE, rtol=0)
 

@@ -8,17 +8,20 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 import pytest
+from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
 
 import ulm
-from serve.api.openai import build_app
+from serve.api.answers import ChatShape, CompletionShape
+from serve.api.openai import Answering, build_app
+from serve.api.schema import ChatBody, CompletionBody
 from serve.catalog import Catalog
 from serve.contracts import Engine, GenerateRequest, Member, SwarmContext, TokenChunk
 from serve.engines.echo import Config as EchoConfig
 from serve.engines.echo import EchoEngine
 from serve.engines.local.engine import Config, LocalEngine
 from ulm import registry
-from ulm.errors import MemberDownError
+from ulm.errors import MemberDownError, OverloadedError
 from ulm.recipes.serve import Budget, Limits
 from ulm.swarm.manifest import SEED, Swarm
 
@@ -429,3 +432,98 @@ def test_what_budgets_and_deadlines_cut_is_counted_by_a_word(swarm: Swarm) -> No
         complete(client, model="swarm/mixture", max_tokens=8, ulm={"top_k": 2, "budget": budget})
     counted = [tags for name, _, tags in records if name == "ulm_swarm_degraded_total"]
     assert len(counted) >= 3 and all(tags == {"strategy": "mixture", "why": "budget"} for tags in counted)
+
+
+HOSTILE = [
+    *(
+        (name, value)
+        for name in ("top_k", "every_tokens")
+        for value in ("-1", "0", "NaN", "1e400", "1.5", "true", "[]")
+    ),
+    *(("margin", value) for value in ("-0.1", "1.1", "NaN", "-Infinity", "true", '"1"', "{}")),
+    *((f"budget.{n}", v) for n in ("max_calls", "max_tokens", "max_ms") for v in ("0", "NaN", "1.5", '"9"', "true")),
+    *(("members", value) for value in ('"e00"', "[]", json.dumps(["e00"] * 100), '{"e00": 1}')),
+    *(("by", value) for value in ("1", '"magic"', '"\\ud800"')),
+    *(("budget", "[]"), ("budget.max_cals", "1"), ("patience_s", "1"), ("kind", '"single"')),
+]
+
+
+@pytest.mark.parametrize("model", ["swarm/route", "swarm/broadcast"])
+def test_hostile_options_are_refused_by_the_name_of_the_field(swarm: Swarm, model: str) -> None:
+    client = client_of(catalog_of(swarm, echoes(swarm)))
+    for name, value in HOSTILE:
+        outer, _, inner = name.partition(".")
+        options = f'{{"{outer}": {{"{inner}": {value}}}}}' if inner else f'{{"{outer}": {value}}}'
+        body = f'{{"model": "{model}", "prompt": "The", "max_tokens": 3, "ulm": {options}}}'
+        response = client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+        assert response.status_code == 400, (options, response.text)
+        error = response.json()["error"]
+        assert error["param"] == f"ulm.{name}" and error["message"].startswith(f"ulm.{name}: "), options
+        assert len(error["message"]) < 500
+
+
+@pytest.mark.parametrize("model", ["swarm/route", "swarm/mixture", "swarm/broadcast", "e00"])
+def test_numbers_beyond_all_bounds_bound_nothing(swarm: Swarm, model: str) -> None:
+    client = client_of(catalog_of(swarm, echoes(swarm)))
+    options: dict[str, Any] = {"budget": {"max_tokens": 10**400, "max_calls": 10**400}}
+    if model in ("swarm/route", "swarm/mixture"):
+        options |= {"top_k": 10**400, "every_tokens": 10**400}
+    answer = complete(client, model=model, max_tokens=5, ulm=options)
+    assert {choice["finish_reason"] for choice in answer["choices"]} == {"length"} and not answer["ulm"]["degraded"]
+    assert answer["usage"]["completion_tokens"] == 5 * len(answer["choices"])
+
+
+def test_a_client_that_leaves_at_the_first_event_ends_every_call_at_once(swarm: Swarm) -> None:
+    engine = EchoEngine(EchoConfig(kind="echo", delay_ms=20))
+    for name in swarm.members:
+        asyncio.run(engine.load(name, str(swarm.checkpoint(name))))
+    answering = Answering(catalog_of(swarm, dict.fromkeys(swarm.members, engine)), lambda *_: None)
+
+    async def body() -> None:
+        asked = {"model": "swarm/broadcast", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
+        chat = ChatBody.model_validate(asked)
+        response = await answering.respond(chat, ["Hi"], ChatShape)
+        assert isinstance(response, StreamingResponse)
+        events: Any = response.body_iterator
+        assert "assistant" in str(await anext(events))  # the role, before the first chunk is passed on
+        assert (await engine.stats())["running"] == len(swarm.members)
+        await events.aclose()
+        assert (await engine.stats())["running"] == 0
+
+    asyncio.run(body())
+
+
+def test_a_client_that_leaves_before_the_answer_is_counted_as_such(swarm: Swarm) -> None:
+    records: Records = []
+    slow = EchoEngine(EchoConfig(kind="echo", delay_ms=60_000))
+    asyncio.run(slow.load("e00", str(swarm.checkpoint("e00"))))
+    catalog = catalog_of(swarm, {**echoes(swarm), "e00": slow})
+    answering = Answering(catalog, lambda *record: records.append(record))
+
+    async def body() -> None:
+        asked = CompletionBody.model_validate({"model": "e00", "prompt": "The"})
+        waiting = asyncio.create_task(answering.respond(asked, ["The"], CompletionShape))
+        await asyncio.sleep(0.05)
+        assert (await slow.stats())["running"] == 1
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        assert waiting.cancelled() and (await slow.stats())["running"] == 0
+
+    asyncio.run(body())
+    assert [tags["outcome"] for name, _, tags in records if name == "ulm_requests_total"] == ["cancelled"]
+
+
+def test_who_is_overloaded_is_counted_by_a_word_of_its_own(swarm: Swarm) -> None:
+    class Busy(Down):
+        async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
+            """Refuses."""
+            raise OverloadedError("9 requests are waiting already")
+            yield
+
+    records: Records = []
+    client = client_of(catalog_of(swarm, echoes(swarm, Busy, ("e01",))), records)
+    for _ in range(2):  # the second finds it up
+        answer = complete(client, model="swarm/fallback", ulm={"members": ["e01", "e02"]})
+        assert answer["ulm"]["degraded"] == ["e01 is overloaded: 9 requests are waiting already"]
+    counted = [tags["why"] for name, _, tags in records if name == "ulm_swarm_degraded_total"]
+    assert counted == ["member_busy"] * 2

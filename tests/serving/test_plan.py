@@ -43,7 +43,8 @@ def test_the_seed_stands_in_for_others_unless_the_recipe_names_who_does(swarm: S
 
 def test_a_strategy_of_the_recipe_beyond_its_own_limits_is_refused_by_place(swarm: Swarm, root: Path) -> None:
     fields = {"swarm": str(swarm.folder), "limits": {"max_top_k": 2, "min_every_tokens": 8}}
-    assert make_plan(recipe(**fields), root=root, near=None).limits.max_top_k == 2
+    plan = make_plan(recipe(**fields, patience_s=2.5), root=root, near=None)
+    assert plan.limits.max_top_k == 2 and plan.patience_s == 2.5
     with pytest.raises(ConfigError, match=r"strategy\.top_k: 3 is beyond the limit 2"):
         make_plan(recipe(**fields, strategy={"kind": "mixture", "top_k": 3}), root=root, near=None)
     with pytest.raises(ConfigError, match=r"strategy\.every_tokens: 4 is beyond the limit 8"):

@@ -9,19 +9,22 @@ import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from pipelines.swarm.rule import Rule, Setting
+from serve.api.schema import UlmOptions
+from serve.api.spent import CALLED, record_ledger
 from serve.contracts import Call, Ledger
 from tests.written_corpus import write_corpus
 from ulm import registry
 from ulm.cli.main import app
 from ulm.recipes import load_recipe
-from ulm.recipes.serve import Budget
-from ulm.recipes.train import SwarmRecipe, TrainingRecipe
+from ulm.recipes.serve import Budget, Limits, ServeRecipe
+from ulm.recipes.train import SwarmAddRecipe, SwarmRecipe, TrainingRecipe
 
 PAGE = (Path(__file__).parents[2] / "docs/swarm.md").read_text(encoding="utf-8")
 EIGHT_KINDS = Setting(50.0, 8, 0.49)  # the centre of `ulm bench swarm`
@@ -61,12 +64,43 @@ def test_every_field_of_a_swarms_recipe_stands_in_its_table_with_its_default():
 
 
 def test_every_strategy_stands_in_its_table_with_its_settings():
-    (rows,) = tables("Answering")
+    rows, _ = tables("Answering")
     listed = {name.strip("`"): dict(re.findall(r"`(\w+): ([^`]+)`", settings)) for name, _, settings in rows}
     assert set(listed) == set(registry.kinds("strategy"))
     for kind, settings in listed.items():
         config = registry.configure("strategy", {"kind": kind}).model_dump(mode="json", exclude={"kind"})
         assert {name: yaml.safe_load(value) for name, value in settings.items()} == config, kind
+
+
+def test_the_options_of_a_request_and_the_fields_of_a_serve_recipe_are_those_of_the_code():
+    text = " ".join(section("Answering").split())
+    options = re.search(r"A request may set (.*?) for itself", text)
+    assert options and set(re.findall(r"`(\w+)`", options[1])) == set(UlmOptions.model_fields) - {"budget"}
+    _, rows = tables("Answering")
+    listed = {name.strip("`"): yaml.safe_load(default.strip("`")) for name, default, _ in rows}
+    plain = ServeRecipe(name="plain", swarm="kinds").model_dump()
+    defaults = {name: plain[name] for name in listed}
+    defaults |= {"budget": Budget().model_dump(exclude_defaults=True)}
+    defaults |= {"limits": Limits().model_dump(exclude_defaults=True)}
+    assert listed == defaults
+    limits = next(meaning for name, _, meaning in rows if name == "`limits`")
+    assert set(re.findall(r"`(\w+)`", limits)) == set(Limits.model_fields)
+
+
+def test_every_reason_of_a_call_and_every_metric_of_a_ledger_is_named():
+    text = " ".join(section("Budget and ledger").split())
+    assert [reason for reason in CALLED if reason not in text.partition("`why` is ")[2]] == []
+    told = set()
+    ledger = Ledger("route", [Call("e00", 1, "routed")], degraded=["cut short: no member is left to go on"])
+    record_ledger(lambda metric, value, tags: told.add(metric), ledger)
+    assert set(re.findall(r"`(ulm_\w+)`", text)) == told
+
+
+def test_the_recipe_of_one_expert_more_is_one(tmp_path):
+    text = section("One expert more, or one fewer")
+    indented = "".join(line[4:] for line in text.splitlines(keepends=True) if line.startswith("    "))
+    (tmp_path / "add.yaml").write_text(indented, encoding="utf-8")
+    assert cast(SwarmAddRecipe, load_recipe("swarm add", tmp_path / "add.yaml")).swarm == "kinds"
 
 
 def test_bounds_and_ledger_are_those_of_the_code():

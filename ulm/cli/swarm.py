@@ -51,8 +51,8 @@ def train(recipe: Recipe, overrides: Overrides = [], address: Address = None) ->
 def add(recipe: Recipe, overrides: Overrides = [], address: Address = None) -> None:  # noqa: B006  typer copies it
     """Train one expert more from a swarm's seed, for the text of another corpus; the other members stay as they are.
 
-    The recipe has swarm (a name), corpus, train, and if you like member (an id) and name (of the run). The corpus is one
-    with the swarm's tokenizer: `tokenizer:` in its recipe takes the digest that `ulm swarm show` prints.
+    The recipe has swarm (a name), corpus, train, and if you like member (an id) and name (of the run). The corpus has
+    the swarm's tokenizer: `tokenizer:` in its recipe takes the digest that `ulm swarm show` prints.
 
     Running it again resumes. Example: ulm swarm add poems.yaml --set swarm=mine
     """

@@ -9,7 +9,6 @@ from rich.console import Group, RenderableType
 from rich.filesize import decimal
 from rich.table import Column, Table
 
-from ulm.cli.console import printable
 from ulm.cli.corpus_tables import right
 from ulm.cli.train_tables import duration, pairs, styled
 
@@ -43,10 +42,12 @@ def plan(planned: dict[str, Any]) -> RenderableType:
 
 
 def _clusters(found: list[dict[str, Any]]) -> Table:
-    words = Column("words", no_wrap=True, overflow="ellipsis")
-    table = Table("expert", "mostly", *right("train tokens", "read"), words, box=None, padding=(0, 2, 0, 0))
+    table = Table("expert", "mostly", *right("train tokens", "read"), "words", box=None, padding=(0, 2, 0, 0))
+    for column in table.columns[:-1]:  # where it is narrow the words are cut, and nothing else
+        column.no_wrap = True
     for cluster in found:
         said = styled(" ".join(cluster["words"][:NUM_WORDS]))
+        said.no_wrap, said.overflow = True, "ellipsis"
         domain = styled(cluster["domain"] or "-")
         table.add_row(cluster["member"], domain, f"{cluster['train_tokens']:,}", f"{cluster['epochs']:.2g} times", said)
     return table
