@@ -88,11 +88,13 @@ class Catalog:
             raise RequestError(f"ulm: these options need {lacking}", param="ulm")
         return strategy
 
-    def answer(
-        self, model: Model, request: GenerateRequest, budget: Budget | None
-    ) -> AsyncIterator[TokenChunk | Ledger]:
-        """Chunks of an answer, the Ledger last, under the stricter of the operator's and the request's budget."""
-        return model.strategy.answer(request, model.members, self.context, _stricter(self.budget, budget))
+    def budget_of(self, asked: Budget | None) -> Budget:
+        """The stricter of the operator's and a request's."""
+        return _stricter(self.budget, asked)
+
+    def answer(self, model: Model, request: GenerateRequest, budget: Budget) -> AsyncIterator[TokenChunk | Ledger]:
+        """Chunks of an answer, the Ledger last."""
+        return model.strategy.answer(request, model.members, self.context, budget)
 
 
 def _beyond(limits: Limits, config: Mapping[str, Any]) -> dict[str, int]:

@@ -26,6 +26,7 @@ from serve.contracts import GenerateRequest, Ledger, TokenChunk
 from ulm.errors import RequestError
 from ulm.models.generate import prompt_tokens, room
 from ulm.models.sampling import MAX_SEED, Sampling
+from ulm.recipes.serve import Budget
 from ulm.tokenizers.chat import CHAT_STOP
 
 LONG_PROMPTS = 4_000  # characters or tokens; fewer take less time than another thread
@@ -45,8 +46,6 @@ class Answering:
         model = self.catalog.model(body.model, body.ulm.strategy_options())
         tags = {"model": model.name, "strategy": model.kind}
         try:
-            if body.ulm.budget is not None and len(prompts) > 1:
-                raise RequestError("ulm.budget bounds one answer; send one prompt with it", param="ulm.budget")
             if sum(map(len, prompts)) > LONG_PROMPTS:  # others are not kept waiting while these are tokenized
                 requests = await asyncio.to_thread(self._requests, body, model, prompts)
             else:
@@ -106,10 +105,20 @@ class Answering:
     async def _run(
         self, body: GenerationBody, model: Model, requests: list[GenerateRequest], started_s: float
     ) -> AsyncIterator[tuple[int, TokenChunk | Ledger]]:
-        """Chunks of all prompts, one prompt after the other, with the prompt's index."""
+        """Chunks of all prompts, one prompt after the other, with the prompt's index; each has what others left."""
+        budget, began_s = self.catalog.budget_of(body.ulm.budget), time.monotonic()
+        spent = Ledger(model.kind, budget=budget)
         for index, request in enumerate(requests):
-            async with aclosing(self.catalog.answer(model, request, body.ulm.budget)) as answer:  # type: ignore[type-var]
+            left = _left(budget, spent, 1e3 * (time.monotonic() - began_s)) if index else budget
+            if isinstance(left, str):
+                yield index, TokenChunk("", (), finish_reason="length")
+                yield index, Ledger(model.kind, budget=budget, degraded=[f"ended after 0 tokens by budget.{left}"])
+                continue
+            async with aclosing(self.catalog.answer(model, request, left)) as answer:  # type: ignore[type-var]
                 async for item in answer:
+                    if isinstance(item, Ledger):
+                        item = replace(item, budget=budget)
+                        spent = _joined(spent, item)
                     if started_s and isinstance(item, TokenChunk):
                         tags = {"model": model.name, "strategy": model.kind}
                         self._record("ulm_ttft_seconds", time.monotonic() - started_s, tags)
@@ -194,6 +203,15 @@ def _outcome(error: BaseException) -> str:
 
 def _joined(ledger: Ledger, more: Ledger) -> Ledger:
     return replace(more, calls=ledger.calls + more.calls, degraded=ledger.degraded + more.degraded)
+
+
+def _left(budget: Budget, spent: Ledger, ms: float) -> Budget | str:
+    """What a request may still spend on its next prompt, or the name of the limit that it has reached."""
+    tokens = sum(call.tokens_out for call in spent.calls)
+    so_far = {"max_calls": len(spent.calls), "max_tokens": tokens, "max_ms": ms}
+    left = {name: most - so_far[name] for name, most in budget.model_dump(exclude_none=True).items()}
+    reached = next((name for name, rest in left.items() if rest < 1), None)
+    return reached or Budget(**{name: int(rest) for name, rest in left.items()})
 
 
 def _event(value: dict[str, Any]) -> str:

@@ -130,7 +130,8 @@ class Drive:
 
     def _end(self, so_far: _Answer, limit: str) -> None:
         """The budget's edge: the answer so far is the answer."""
-        self.account.note(f"ended after {so_far.num_tokens} tokens by budget.{limit}")
+        tokens = "1 token" if so_far.num_tokens == 1 else f"{so_far.num_tokens} tokens"
+        self.account.note(f"ended after {tokens} by budget.{limit}")
         so_far.finish_reason = "length"
 
     # ---- who answers the next window

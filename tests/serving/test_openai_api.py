@@ -158,6 +158,17 @@ def test_several_prompts_and_token_prompts(client: TestClient, swarm: Swarm) -> 
     assert len(both["ulm"]["calls"]) == 2
 
 
+def test_the_prompts_of_a_request_share_its_budget(client: TestClient) -> None:
+    for limit, most in (("max_tokens", 9), ("max_calls", 2)):
+        answer = complete(client, prompt=["The", "def", "import"], max_tokens=6, ulm={"budget": {limit: most}})
+        calls = answer["ulm"]["calls"]
+        spent = {"max_tokens": sum(call["tokens_out"] for call in calls), "max_calls": len(calls)}
+        assert spent[limit] == most and answer["ulm"]["budget"] == {limit: most}
+        assert len(answer["choices"]) == 3 and answer["choices"][2]["text"] == ""
+        assert f"ended after 0 tokens by budget.{limit}" in answer["ulm"]["degraded"]
+        assert answer["usage"]["completion_tokens"] == spent["max_tokens"]
+
+
 def test_digits_as_text_stay_text(client: TestClient) -> None:
     assert len(complete(client, prompt=["12", "34"])["choices"]) == 2
 
@@ -211,7 +222,6 @@ REFUSED = [
     ({"prompt": "\ud800"}, 400, None, "prompt"),
     ({"prompt": [True]}, 400, None, "prompt"),
     ({"prompt": "x" * 1_000_000}, 400, "context_length_exceeded", "prompt"),
-    ({"prompt": ["a", "b"], "ulm": {"budget": {"max_calls": 1}}}, 400, None, "ulm.budget"),
     ({"frequency_penalty": 0.5}, 400, None, None),
     ({"ulm": {"every_tokens": 3}}, 400, None, "ulm"),  # a single member has no such parameter
     ({"stream_options": {"include_usage": True}}, 400, None, None),
