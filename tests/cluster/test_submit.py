@@ -80,6 +80,7 @@ def test_ray_job_submit_and_ulm_submit_train_and_show_in_the_dashboard(root: Pat
     assert sum("pipelines.train.job" in entry["entrypoint"] for entry in shown.values()) == 2
 
 
+@pytest.mark.slow  # make test cancels a run without Ray in test_runs_cli
 def test_a_submitted_job_whose_run_is_cancelled_saves_and_ends_with_143(root: Path, dashboard: str) -> None:
     from ray.job_submission import JobSubmissionClient
 

@@ -146,6 +146,7 @@ def steps_done(run: Path) -> int:
 # --- a worker --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # make test has a lost node here, and killed workers in test_swarm_job
 def test_killed_workers_are_replaced_and_the_run_ends_as_if_nothing_had_happened(nodes, task, undisturbed):
     killed = task("killed")
     victims = iter(["rank 0", "the other"])
@@ -222,6 +223,7 @@ def test_a_mistake_in_our_code_ends_the_run_at_once(nodes, task, tmp_path, monke
 # --- the driver ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # make test kills a process in test_loop
 def test_when_the_driver_is_killed_its_workers_end_and_the_same_command_goes_on(nodes, home, task, undisturbed):
     command = ("train", recipe_file(home, "driven"), "--address", nodes.cluster.address)
     child = start(home, *command)

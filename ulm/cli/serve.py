@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TextIO, cast
 
 import typer
 
@@ -72,18 +72,18 @@ def up(
                 started = serve_app.up(plan, loaded)
             state = {**started, "pid": os.getpid()}
             cluster.remember(root, {**state, "ray_address": joined.address, "name": loaded.name})
-            console.err.print(f"serving {', '.join(started['models'])} at [bold]{started['url']}[/]; Ctrl-C ends it")
-            console.finish(state, out)
-            _wait()
+            _wait(state, out)
         finally:
             cluster.forget(root)
             if not joined.is_own:  # a cluster of our own ends as a whole
                 serve_app.down()
 
 
-def _wait() -> None:
-    """Until SIGINT or SIGTERM, which end a foreground server without an error."""
+def _wait(state: dict[str, Any], out: TextIO) -> None:
+    """Say where the endpoint is, and wait until SIGINT or SIGTERM, which end it without an error once it was said."""
     try:
+        console.err.print(f"serving {', '.join(state['models'])} at [bold]{state['url']}[/]; Ctrl-C ends it")
+        console.finish(state, out)
         while True:
             signal.pause()
     except (KeyboardInterrupt, console.Terminated):
