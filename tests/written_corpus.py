@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import random
 import sysconfig
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,23 @@ from ulm import artefacts
 from ulm.corpus.manifest import DOCUMENTS, SPLITS, Corpus, token_dtype
 from ulm.tokenizers.byte import byte_tokenizer
 from ulm.tokenizers.tokenizer import Tokenizer
+
+KINDS = {
+    "law": "court judge appeal statute plaintiff verdict counsel section liable contract",
+    "code": "def return import class self lambda yield parser buffer index",
+    "medicine": "patient dose tablet symptom fever clinic nurse therapy vaccine blood",
+}
+
+
+def write_kinds(root: Path) -> None:
+    """A corpus `tiny` of three kinds of text with no word in common, 40 documents each, bytes as tokens."""
+    generator = random.Random(0)
+    documents = [
+        (domain, ("train", "train", "val", "test")[number % 4], " ".join(generator.choices(words.split(), k=25)))
+        for number in range(40)
+        for domain, words in KINDS.items()
+    ]
+    write_corpus(root, documents)
 
 
 def write_corpus(

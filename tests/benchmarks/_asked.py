@@ -18,12 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from tests.benchmarks._figures import Failed
+
 ANSWER_WITHIN_S = 600  # the first answer of a peer waits for its compiler
 CLOSE_WITHIN_S = 10
-
-
-class Failed(Exception):  # noqa: N818  of a process that was to be measured; its figure says so
-    """What the process said last."""
 
 
 class Asked(Protocol):

@@ -8,6 +8,11 @@ import statistics
 import sys
 from collections.abc import Sequence
 
+
+class Failed(Exception):  # noqa: N818  of a process that was to be measured; its figure says so
+    """What the process said last."""
+
+
 _COMPARE = {">=": operator.ge, "<=": operator.le}
 
 

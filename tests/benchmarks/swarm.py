@@ -26,8 +26,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.benchmarks import _swarm_plots as plots
-from tests.benchmarks._figures import report
-from ulm import runtime
+from tests.benchmarks._figures import Failed, report
+from ulm import artefacts, runtime
 
 ULM = [sys.executable, "-m", "ulm.cli.main"]
 HOME = Path(".bench/swarm")  # of a checkout; git ignores it
@@ -105,10 +105,6 @@ def configurations(full: bool) -> list[Configuration]:
     return [CENTRE, *tokens, *experts, *shares, *larger, *seeds, replace(CENTRE, size="micro", controls=DENSE_ALONE)]
 
 
-class Failed(Exception):  # noqa: N818  of a process that was to be measured; its figure says so
-    """What the process said last."""
-
-
 # ---- running
 
 
@@ -153,8 +149,8 @@ class Bench:
         """A file of JSON, which is YAML; never half of one."""
         path = self.home / folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".part").write_text(json.dumps(fields, indent=1), encoding="utf-8")
-        return path.with_suffix(".part").replace(path)
+        artefacts.write_json(path, fields)
+        return path
 
     def result(self, of: Configuration) -> Values | None:
         """The last line of a finished training, where it was by this very recipe."""

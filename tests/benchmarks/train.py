@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.benchmarks._figures import report
+from tests.benchmarks._figures import Failed, report
 from ulm import runtime
 
 HERE = Path(__file__).parent
@@ -98,10 +98,6 @@ def _report(figure: str, values: Sequence[float], peer_values: Sequence[float] =
 
 
 # ---- running
-
-
-class Failed(Exception):  # noqa: N818  of a process that was to be measured; its figure says so
-    """What the process said last."""
 
 
 def _json_of(command: Sequence[object], environment: dict[str, str]) -> Values:

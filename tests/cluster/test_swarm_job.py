@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import random
 import signal
 import time
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from pipelines.train.loop import train
 from pipelines.train.task import TrainTask, resolve
 from tests.changed_task import changed
 from tests.processes import rank_0_of, training_workers
-from tests.written_corpus import write_corpus
+from tests.written_corpus import KINDS, write_kinds
 from ulm import artefacts
 from ulm.checkpoints import store
 from ulm.checkpoints.manifest import read_manifest
@@ -35,11 +34,6 @@ from ulm.swarm.manifest import Swarm
 
 # Ray Train starts threads in this process that trip over Ray Data's own deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
-WORDS = {
-    "law": "court judge appeal statute plaintiff verdict counsel section liable contract",
-    "code": "def return import class self lambda yield parser buffer index",
-    "medicine": "patient dose tablet symptom fever clinic nurse therapy vaccine blood",
-}
 EXPERT_WORKER = b"ray::ExpertWorker.train"  # the process of one that has a run
 ONE_CPU = SwarmResources(cpus_per_worker=1)  # as many threads as the tests' own process has, so sums have one order
 
@@ -47,14 +41,8 @@ ONE_CPU = SwarmResources(cpus_per_worker=1)  # as many threads as the tests' own
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with a corpus of three kinds of text, bytes as tokens."""
-    generator = random.Random(0)
-    documents = [
-        (domain, ("train", "train", "val", "test")[number % 4], " ".join(generator.choices(words.split(), k=25)))
-        for number in range(40)
-        for domain, words in WORDS.items()
-    ]
     root = tmp_path_factory.mktemp("swarm-home")
-    write_corpus(root, documents)
+    write_kinds(root)
     return root
 
 
@@ -78,7 +66,7 @@ def test_a_swarm_is_trained_written_compared_and_found_finished_when_run_again(h
     swarm = Swarm.open("t", root=home)
     assert result["swarm"] == str(swarm.folder) and result["digest"] == swarm.digest and result["experts"] == 3
     assert list(swarm.members) == ["e00", "e01", "e02", "seed"]
-    assert sorted(swarm.members[f"e0{c}"].domain for c in range(3)) == sorted(WORDS)
+    assert sorted(swarm.members[f"e0{c}"].domain for c in range(3)) == sorted(KINDS)
 
     seed = read_manifest(swarm.checkpoint("seed"))
     assert (seed.step, seed.init_from) == (7, None)
@@ -91,7 +79,7 @@ def test_a_swarm_is_trained_written_compared_and_found_finished_when_run_again(h
     assert len(digests) == 4  # each learned something else
     assert seen["t-seed"] == (7, 7) and seen["t-e02"] == (2, 2) and seen["t-dense"] == (6, 6)
 
-    assert set(result["bits_per_byte"]) == set(WORDS)
+    assert set(result["bits_per_byte"]) == set(KINDS)
     for row in result["bits_per_byte"].values():
         assert list(row) == ["dense", "route", "mixture"]
         assert all(1 < bits < 8 for bits in row.values())  # a little trained: better than a uniform byte

@@ -20,6 +20,7 @@ from serve.contracts import GenerateRequest
 from serve.engines.local.engine import Config
 from serve.engines.local.stack import Stack, can_stack
 from tests.engine import answers, with_engine
+from tests.page import Page
 from ulm import registry
 from ulm.errors import ConfigError, RequestError
 from ulm.models.sampling import Sampling
@@ -28,24 +29,12 @@ from ulm.spec import SLOTS, preset_sizes
 from ulm.tokenizers.byte import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs/engine.md").read_text(encoding="utf-8")
+DOCS = Page.read("engine.md")
+PAGE, section, tables = DOCS.text, DOCS.section, DOCS.tables
 FOLDER = ROOT / "serve/engines/local"
 WORDS = {"none": None, "()": (), "greedy": Sampling(), "": dataclasses.MISSING}
 HOT = Sampling(temperature=1)
 CACHE_BYTES = 1 << 20
-
-
-def section(heading: str) -> str:
-    text = PAGE.partition(f"\n## {heading}\n")[2]
-    assert text, heading
-    return text.partition("\n## ")[0]
-
-
-def tables(heading: str) -> list[list[list[str]]]:
-    """The rows of a section's tables, as cells, without their heads."""
-    found = re.findall(r"(?:^\|.*\n?)+", section(heading), re.MULTILINE)
-    rows = [[line.strip("|").split("|") for line in table.splitlines()[2:]] for table in found]
-    return [[[cell.strip() for cell in row] for row in table] for table in rows]
 
 
 def names(cell: str) -> list[str]:

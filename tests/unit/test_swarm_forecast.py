@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,13 @@ from typer.testing import CliRunner
 from pipelines.swarm.forecast import advice, counts, forecast_swarm, information, merged, verdict
 from pipelines.swarm.plan import plan_swarm
 from pipelines.swarm.rule import Forecast, Rule, Setting
-from tests.written_corpus import write_corpus
+from tests.written_corpus import KINDS, write_kinds
 from ulm.cli.main import app
 from ulm.corpus.manifest import Corpus
 from ulm.errors import ConfigError
 from ulm.recipes.base import validate
 from ulm.recipes.train import SwarmRecipe
 
-WORDS = {
-    "law": "court judge appeal statute plaintiff verdict counsel section liable contract",
-    "code": "def return import class self lambda yield parser buffer index",
-    "medicine": "patient dose tablet symptom fever clinic nurse therapy vaccine blood",
-}
 EXACT = 1e-9  # float64, sums of some thousand
 DRAWN = 0.01  # nats: what chance leaves of nothing in 40,000 draws
 
@@ -33,14 +27,8 @@ DRAWN = 0.01  # nats: what chance leaves of nothing in 40,000 draws
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with a corpus of three kinds of text, bytes as tokens."""
-    generator = random.Random(0)
-    documents = [
-        (domain, ("train", "train", "val", "test")[number % 4], " ".join(generator.choices(words.split(), k=25)))
-        for number in range(40)
-        for domain, words in WORDS.items()
-    ]
     root = tmp_path_factory.mktemp("forecast-home")
-    write_corpus(root, documents)
+    write_kinds(root)
     return root
 
 
@@ -133,7 +121,7 @@ def test_a_plan_is_made_of_the_recipe_and_trains_nothing(home):
     planned = forecast_swarm(recipe(), root=home)
     assert planned["tokens"] == 13 * 256
     assert planned["tokens_per_parameter"] == pytest.approx(13 * 256 / planned["parameters"])
-    assert sorted(cluster["domain"] for cluster in planned["clusters"]) == sorted(WORDS)
+    assert sorted(cluster["domain"] for cluster in planned["clusters"]) == sorted(KINDS)
     assert planned["runs"] == 5  # the seed, three experts, dense
     of_table = 5 * Corpus.open("tiny", root=home, verify=False).num_tokens("test") / 256 / 3
     assert planned["seconds"] / planned["seconds_per_step"] == pytest.approx(13 + 6 + of_table)  # dense takes 6

@@ -19,6 +19,7 @@ from pipelines.swarm.rule import Rule, Setting
 from serve.api.schema import UlmOptions
 from serve.api.spent import CALLED, record_ledger
 from serve.contracts import Call, Ledger
+from tests.page import Page
 from tests.written_corpus import write_corpus
 from ulm import registry
 from ulm.cli.main import app
@@ -26,7 +27,8 @@ from ulm.recipes import load_recipe
 from ulm.recipes.serve import Budget, Limits, ServeRecipe
 from ulm.recipes.train import SwarmAddRecipe, SwarmRecipe, TrainingRecipe
 
-PAGE = (Path(__file__).parents[2] / "docs/swarm.md").read_text(encoding="utf-8")
+DOCS = Page.read("swarm.md")
+PAGE, section, tables = DOCS.text, DOCS.section, DOCS.tables
 EIGHT_KINDS = Setting(50.0, 8, 0.49)  # the centre of `ulm bench swarm`
 KINDS = {
     "law": "court judge appeal statute",
@@ -35,19 +37,6 @@ KINDS = {
     "music": "violin tempo chorus melody",
 }
 ROUNDING = 0.035  # of a ratio that the page says in words: a tenth, a fifth
-
-
-def section(heading: str) -> str:
-    text = PAGE.partition(f"\n## {heading}\n")[2]
-    assert text, heading
-    return text.partition("\n## ")[0]
-
-
-def tables(heading: str) -> list[list[list[str]]]:
-    """The rows of a section's tables, as cells, without their heads."""
-    found = re.findall(r"(?:^\|.*\n?)+", section(heading), re.MULTILINE)
-    rows = [[line.strip("|").split("|") for line in table.splitlines()[2:]] for table in found]
-    return [[[cell.strip() for cell in row] for row in table] for table in rows]
 
 
 def blocks(language: str) -> list[str]:

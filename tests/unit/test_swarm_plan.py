@@ -1,6 +1,5 @@
 """The plan of a swarm: the protocol's shares and schedules, and what is refused before anything starts."""
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -10,30 +9,18 @@ import pytest
 import ulm
 from pipelines.swarm import widen
 from pipelines.swarm.plan import Plan, plan_swarm
-from tests.written_corpus import write_corpus
+from tests.written_corpus import write_kinds
 from ulm.errors import ConfigError
 from ulm.models.account import forward_flops_per_token, on_meta, train_flops_per_token
 from ulm.recipes.base import validate
 from ulm.recipes.train import SwarmRecipe
 
-WORDS = {
-    "law": "court judge appeal statute plaintiff verdict counsel section liable contract",
-    "code": "def return import class self lambda yield parser buffer index",
-    "medicine": "patient dose tablet symptom fever clinic nurse therapy vaccine blood",
-}
-
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with a corpus of three kinds of text, bytes as tokens."""
-    generator = random.Random(0)
-    documents = [
-        (domain, ("train", "train", "val", "test")[number % 4], " ".join(generator.choices(words.split(), k=25)))
-        for number in range(40)
-        for domain, words in WORDS.items()
-    ]
     root = tmp_path_factory.mktemp("swarm-home")
-    write_corpus(root, documents)
+    write_kinds(root)
     return root
 
 
