@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 100
 MAX_PRIORITY = 100
+SECONDS_A_TOKEN = 0.5  # more patience with an answer that comes in one piece, for each of its tokens
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,13 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from serve.contracts import Engine, GenerateRequest, MemberInfo, TokenChunk
+from serve.contracts import SECONDS_A_TOKEN, Engine, GenerateRequest, MemberInfo, TokenChunk
 from serve.metrics import recorder
 from ulm import registry
 from ulm.errors import MemberDownError
 from ulm.recipes.serve import PATIENCE_S
 
 STATS_PERIOD_S = 5.0
-SECONDS_A_TOKEN = 0.5  # more, for each token of an answer in one piece
 LOAD_S = 600.0  # more, for weights to be read
 CANCEL_S = 0.1  # from the cancelling of a request's calls to its own, across threads
 # What an engine's stats are called among the metrics; one that has no such number leaves it out.

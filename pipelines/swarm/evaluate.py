@@ -139,7 +139,7 @@ def window_weights(
     found = []
     for start in windows(text, every_tokens):
         nats_N = None if nats_TN is None else nats_TN[start] - nats_TN[max(0, start - context_tokens + 1)]
-        found.append(weigh(router, text_before(tokenizer, text, start), by, nats_N))
+        found.append(weigh(router, router.weights(text_before(tokenizer, text, start)), by, nats_N))
     return np.stack(found)
 
 

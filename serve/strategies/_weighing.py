@@ -48,17 +48,17 @@ class Weighing:
     async def __call__(self, text: Text, offered: Mapping[str, Member], account: Account) -> Chosen:
         """See Choose: weights over those experts that are offered."""
         why = "re-routed" if text.generated else "routed"
-        plain = text.plain()
-        if self.seed and SEED in offered and self.router.is_far(plain):
+        reading = self.router.read(text.plain())
+        if self.seed and SEED in offered and reading.is_far:
             return Chosen({SEED: 1.0}, "far from every cluster")
         experts = [name for name in self.router.ids if name in offered]
-        weight_N = weigh(self.router, plain)
+        weight_N = reading.weight_N
         if self.by != "clusterer" and experts:
             nats = await self._nats(text, offered, weight_N, account)
             experts = [name for name in experts if self.context.health.is_up(name)]
             if nats:
                 nats_N = np.array([nats.get(name, -np.inf) for name in self.router.ids])
-                weight_N, experts = weigh(self.router, plain, self.by, nats_N), [n for n in experts if n in nats]
+                weight_N, experts = weigh(self.router, weight_N, self.by, nats_N), [n for n in experts if n in nats]
         is_up_N = np.array([name in experts for name in self.router.ids])
         if not experts:
             return Chosen({}, why)

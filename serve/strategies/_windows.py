@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
-from serve.contracts import Call, GenerateRequest, Ledger, Member, SwarmContext, TokenChunk
+from serve.contracts import SECONDS_A_TOKEN, Call, GenerateRequest, Ledger, Member, SwarmContext, TokenChunk
 from serve.strategies._account import Account, now_s
 from serve.strategies._failures import Failures, SilentError, note, of_member
 from serve.strategies._steps import MembersFailed, step_loop
@@ -20,8 +20,6 @@ from ulm.errors import RequestError, UlmError, UnavailableError, UnsupportedErro
 from ulm.models.generate import prompt_tokens, room
 from ulm.models.text_stream import TextStream
 from ulm.tokenizers.tokenizer import Tokenizer
-
-SECONDS_A_TOKEN = 0.5  # more patience for each token of an answer that comes in one piece
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def offline(swarm: Swarm, answer: TokenChunk, every_tokens: int, top_k: int, by:
     for at in range(len(prompt), len(tokens)):
         window = len(prompt) + (at - len(prompt)) // every_tokens * every_tokens
         nats_N = of_text_NT[:, : window - 1].double().sum(-1).numpy()
-        weight_N = chosen(weigh(router, tokenizer.decode(tokens[:window]), by, nats_N), top_k)
+        weight_N = chosen(weigh(router, router.weights(tokenizer.decode(tokens[:window])), by, nats_N), top_k)
         mixed_V = mix_logprobs(logprobs_NTV[:, at - 1], torch.from_numpy(weight_N))
         found.append(float(mixed_V[tokens[at]]))
     return found

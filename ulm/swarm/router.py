@@ -36,6 +36,14 @@ class Head:
     bias_N: NDArray[np.float64]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a router makes of a text."""
+
+    weight_N: NDArray[np.float64]  # see Router.weights
+    is_far: bool  # see Router.is_far
+
+
 class Router:
     """Weights of N experts for a text. `ids` are the experts' member ids, in the order of the weights.
 
@@ -64,9 +72,18 @@ class Router:
 
     def weights(self, text: str) -> NDArray[np.float64]:
         """Weights w_N that sum to 1; the clusters' shares of the training text where `text` has no known word."""
-        h_D = self.embedder(text)
-        if h_D is None:
+        return self._weights(self.embedder.project(text))
+
+    def read(self, text: str) -> Reading:
+        """Its weights and whether it is far; finding a text's words takes longest, and is done once for both."""
+        p_D = self.embedder.project(text)
+        return Reading(self._weights(p_D), self._is_far(text, p_D))
+
+    def _weights(self, p_D: NDArray[np.float64] | None) -> NDArray[np.float64]:
+        length = 0.0 if p_D is None else float(np.linalg.norm(p_D))
+        if p_D is None or not length:
             return self.shares_N.copy()
+        h_D = p_D / length
         weight_N = _softmax(-np.square(h_D - self.centroids_ND).sum(axis=1) / self.temperature)
         if self.head is not None:
             known = len(self.head.bias_N)
@@ -79,10 +96,10 @@ class Router:
 
         A text without words is not far: nothing is known of it, and the clusters' shares count.
         """
-        if self.far is None:
-            return False
-        p_D = self.embedder.project(text)
-        if p_D is None:
+        return self._is_far(text, self.embedder.project(text))
+
+    def _is_far(self, text: str, p_D: NDArray[np.float64] | None) -> bool:
+        if self.far is None or p_D is None:
             return False
         if len(text) < FAR_CHARS[0]:  # too little to tell by distance
             return not p_D.any()

@@ -17,16 +17,16 @@ By = Literal["clusterer", "likelihood", "product"]
 
 
 def weigh(
-    router: Router, text: str, by: By = "clusterer", nats_N: NDArray[np.float64] | None = None
+    router: Router, clusterer_N: NDArray[np.float64], by: By = "clusterer", nats_N: NDArray[np.float64] | None = None
 ) -> NDArray[np.float64]:
-    """Weights w_N of sum 1 for the text so far.
+    """Weights w_N of sum 1 for the text so far, of which `clusterer_N` are the router's.
 
-    `clusterer`: the router's posterior (c-BTM, arXiv 2303.14177, section 3.2). `likelihood`: p(j | text), proportional
+    `clusterer`: these, its posterior (c-BTM, arXiv 2303.14177, section 3.2). `likelihood`: p(j | text), proportional
     to prior_j p_j(text), the prior being the clusters' shares (Branch-Train-Merge, arXiv 2208.03306, section 2.2).
     `product`: the same with the router's posterior as the prior. `nats_N` holds log p_j(text), -inf for an expert that
     has no say; it is needed by the last two.
     """
-    prior_N = router.shares_N / router.shares_N.sum() if by == "likelihood" else router.weights(text)
+    prior_N = router.shares_N / router.shares_N.sum() if by == "likelihood" else clusterer_N
     if by == "clusterer":
         return prior_N
     assert nats_N is not None, "a likelihood needs what the experts made of the text"
