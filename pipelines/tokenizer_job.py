@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pipelines import job as submitted
 from pipelines.corpus import assemble
-from pipelines.corpus.job import over_ray, run
+from pipelines.corpus.job import over_ray
 from pipelines.corpus.over import Progress
 from ulm import artefacts
 from ulm.recipes.corpus import TokenizerRecipe
@@ -31,7 +32,7 @@ def train(
 
 def main(argv: list[str] | None = None) -> int:
     """`python -m pipelines.tokenizer_job RECIPE [--set a.b=c]`: the exit code."""
-    return run("tokenizer train", TokenizerRecipe, train, argv)
+    return submitted.run("tokenizer train", train, argv)
 
 
 if __name__ == "__main__":

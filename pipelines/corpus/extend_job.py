@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from pipelines.corpus.job import build, run
-from ulm.recipes.corpus import ExtendRecipe
+from pipelines import job as submitted
+from pipelines.corpus.job import build
 
 
 def main(argv: list[str] | None = None) -> int:
     """`python -m pipelines.corpus.extend_job RECIPE [--set a.b=c]`: the exit code."""
-    return run("corpus extend", ExtendRecipe, build, argv)
+    return submitted.run("corpus extend", build, argv)
 
 
 if __name__ == "__main__":

@@ -6,29 +6,25 @@ find_near_duplicates, tokenize_documents.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
 
+from pipelines import job as submitted
 from pipelines.corpus import assemble
 from pipelines.corpus.over import Item, Over, Progress, Task
 from pipelines.corpus.tokens import SHARD_BYTES
-from ulm import runtime
-from ulm.errors import ConfigError, UlmError
-from ulm.recipes.base import Recipe, load
 from ulm.recipes.corpus import CorpusRecipe, ExtendRecipe
 
 MAX_ITEMS = 16  # in one task: what is done again where its worker is lost
-R = TypeVar("R", bound=Recipe)
 
 
 def build(
@@ -115,26 +111,7 @@ def quiet_data() -> Iterator[None]:
 
 def main(argv: list[str] | None = None) -> int:
     """`python -m pipelines.corpus.job RECIPE [--set a.b=c]`: the exit code; as a Ray job it joins the job's cluster."""
-    return run("corpus build", CorpusRecipe, build, argv)
-
-
-def run(verb: str, kind: type[R], job: Callable[..., dict[str, Any]], argv: list[str] | None) -> int:
-    """Load the recipe that the arguments name, run the job on Ray, write its JSON line; the exit code."""
-    parser = argparse.ArgumentParser(description=f"ulm {verb}, as a Ray job")
-    parser.add_argument("recipe", type=Path, help="a YAML file")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=value", help="override a key")
-    options = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        recipe = load(kind, options.recipe, options.set)
-        ray.init(ignore_reinit_error=True)
-        result = job(recipe, root=runtime.root(), near=options.recipe.absolute().parent)
-    except UlmError as error:
-        sys.stderr.write(f"ulm {verb}: {error}\n")
-        return 2 if isinstance(error, ConfigError) else 1
-    sys.stdout.write(json.dumps(result, ensure_ascii=False) + "\n")
-    sys.stdout.flush()
-    return 0
+    return submitted.run("corpus build", build, argv)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ once. `python -m pipelines.swarm.job RECIPE` is `ulm swarm train` as a Ray job.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import math
@@ -19,6 +18,7 @@ from typing import Any
 import ray
 import torch
 
+from pipelines import job as submitted
 from pipelines.corpus.domains import Clusters
 from pipelines.corpus.job import over_ray
 from pipelines.swarm import soup
@@ -31,9 +31,8 @@ from pipelines.train.events import Event
 from pipelines.train.task import TrainTask
 from ulm import artefacts, runtime
 from ulm.corpus.manifest import Corpus
-from ulm.errors import ConfigError, TrainingError, UlmError
+from ulm.errors import TrainingError
 from ulm.models.account import num_parameters, on_meta, train_flops_per_token
-from ulm.recipes import load_recipe
 from ulm.recipes.serve import Budget
 from ulm.recipes.train import Evaluation, SwarmRecipe
 from ulm.swarm.manifest import SEED, Part, Swarm, checkpoint_digest, write_swarm
@@ -278,25 +277,8 @@ def _larger(task: TrainTask, flops_per_token: float) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m pipelines.swarm.job RECIPE [--set a.b=value]`, as `ray job submit` runs it; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="pipelines.swarm.job", description="Train a swarm from a recipe.")
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=value", dest="overrides")
-    given = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-    try:
-        recipe = load_recipe("swarm train", given.recipe, given.overrides)
-        assert isinstance(recipe, SwarmRecipe)
-        ray.init(ignore_reinit_error=True, log_to_driver=False)
-        torch.set_num_threads(runtime.num_cpus())  # Ray sets one thread for a submitted job's driver, which evaluates
-        line = train_swarm(recipe, root=runtime.root(), near=given.recipe.parent)
-    except ConfigError as error:
-        log.error("%s", error)
-        return job.EXIT_WRONG_RECIPE
-    except UlmError as error:
-        log.error("%s", error)
-        return job.EXIT_FAILED
-    sys.stdout.write(json.dumps(line) + "\n")
-    return job.EXIT_INTERRUPTED if "status" in line else 0
+    torch.set_num_threads(runtime.num_cpus())  # Ray sets one thread for a submitted job's driver, which evaluates
+    return submitted.run("swarm train", train_swarm, argv)
 
 
 if __name__ == "__main__":

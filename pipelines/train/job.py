@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import math
 import re
@@ -22,6 +20,7 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from pipelines import job as submitted
 from pipelines.train import events, folder
 from pipelines.train.events import Event, EventTail
 from pipelines.train.figures import Tail
@@ -32,14 +31,12 @@ from pipelines.train.stopping import STOP, stopping
 from pipelines.train.task import TrainTask
 from pipelines.train.worker_job import Work, train_worker
 from ulm import runtime
-from ulm.errors import ClusterError, ConfigError, TrainingError, UlmError
-from ulm.recipes import load_recipe
+from ulm.errors import ClusterError, TrainingError, UlmError
 from ulm.recipes.train import Resources, TrainRecipe
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, dict[str, Any]], None]  # step, steps, the line of metrics.jsonl
-EXIT_FAILED, EXIT_WRONG_RECIPE, EXIT_INTERRUPTED = 1, 2, 143
 POLL_S = 1.0  # how often figures are read for the bars; each look takes time from the workers on a small machine
 # Ray 2.60's PlacementGroupCleaner takes a controller for dead while the state API of a new cluster knows no actor yet
 # (is_actor_alive gives None), and removes the workers' placement group. Seen on a busy machine.
@@ -311,24 +308,7 @@ class Watch:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m pipelines.train.job RECIPE [--set a.b=value]`, as `ray job submit` runs it; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="pipelines.train.job", description="Train one model from a recipe.")
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=value", dest="overrides")
-    given = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-    try:
-        recipe = load_recipe("train", given.recipe, given.overrides)
-        assert isinstance(recipe, TrainRecipe)
-        ray.init(ignore_reinit_error=True, log_to_driver=False)
-        line = run(recipe, root=runtime.root(), near=given.recipe.parent)
-    except ConfigError as error:
-        log.error("%s", error)
-        return EXIT_WRONG_RECIPE
-    except UlmError as error:
-        log.error("%s", error)
-        return EXIT_FAILED
-    sys.stdout.write(json.dumps(line) + "\n")
-    return EXIT_INTERRUPTED if "status" in line else 0
+    return submitted.run("train", run, argv)
 
 
 if __name__ == "__main__":

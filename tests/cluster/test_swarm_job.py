@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import ray
 
-from pipelines.swarm import queue, workers_job
+from pipelines.swarm import add_job, queue, workers_job
 from pipelines.swarm.job import train_swarm
 from pipelines.swarm.workers_job import train_all
 from pipelines.train import events
@@ -91,6 +91,22 @@ def test_a_swarm_is_trained_written_compared_and_found_finished_when_run_again(h
     assert train_swarm(recipe(), root=home) == result
     assert time.monotonic() - started_s < 5
     assert {path: path.read_bytes() for path in metrics} == metrics
+
+
+@pytest.mark.usefixtures("cluster")
+def test_an_expert_is_added_by_a_job_as_ray_runs_it(home, tmp_path, monkeypatch, capsys):
+    train_swarm(recipe(), root=home)  # trained already, unless this test runs alone
+    monkeypatch.setenv("ULM_HOME", str(home))
+    fields = {"swarm": "t", "corpus": "tiny", "name": "more", "train": {"steps": 2, "batch_tokens": 256}}
+    path = tmp_path / "add.yaml"
+    artefacts.write_json(path, fields)  # JSON is YAML
+    assert add_job.main([str(path), "--set", "samples.prompts=[]"]) == 0
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    swarm = Swarm.open("t", root=home)
+    assert (line["member"], line["digest"]) == ("e03", swarm.digest) and "e03" in swarm.members
+    assert read_manifest(swarm.checkpoint("e03")).run == "more"
+    assert add_job.main([str(path), "--set", "corpus=none"]) == 2
+    assert "ulm swarm add: corpus" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("cluster")

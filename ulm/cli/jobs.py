@@ -20,6 +20,7 @@ MODULES = {
     "tokenizer train": "pipelines.tokenizer_job",
     "train": "pipelines.train.job",
     "swarm train": "pipelines.swarm.job",
+    "swarm add": "pipelines.swarm.add_job",
 }
 AGENT_TIMEOUT_S = 60.0
 

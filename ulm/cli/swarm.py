@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any, cast
 
 import typer
@@ -11,7 +12,7 @@ from ulm import runtime
 from ulm.cli import console, swarm_tables
 from ulm.cli.cluster import session
 from ulm.cli.options import Address, Overrides, Recipe
-from ulm.recipes import SwarmAddRecipe, SwarmRecipe, TrainRecipe, load_recipe
+from ulm.recipes import SwarmAddRecipe, SwarmRecipe, load_recipe
 
 FEW_TOKENS = 2_000  # the standard error of bits per byte is then some percent
 swarm = typer.Typer(
@@ -58,21 +59,12 @@ def add(recipe: Recipe, overrides: Overrides = [], address: Address = None) -> N
     """
     loaded = cast(SwarmAddRecipe, load_recipe("swarm add", recipe, overrides))
     root = runtime.root()
-    from pipelines.swarm import change
-    from pipelines.train import job
+    from pipelines.swarm import add_job
 
     with session(root, address), console.bars() as bars:
-
-        def run(training: TrainRecipe) -> dict[str, Any]:
-            return job.run(
-                training,
-                root=root,
-                near=recipe.parent,
-                on_progress=lambda step, num_steps, figures: bars.step(loaded.name, step, num_steps, figures),
-                on_event=bars.event,
-            )
-
-        result = change.add(loaded, root=root, near=recipe.parent, run=run)
+        result = add_job.add(
+            loaded, root=root, near=recipe.parent, on_progress=partial(bars.step, loaded.name), on_event=bars.event
+        )
     if "shares" in result:
         console.err.print(swarm_tables.changed(f"{result['member']} is an expert of {loaded.swarm}", result))
     console.finish_job(result)
