@@ -20,11 +20,11 @@ PRESETS = Path(__file__).parent / "models" / "presets"
 DEFAULT_PRESET = "llama-like"
 DEFAULT_VOCAB_SIZE = 8_192
 SLOTS = ("embedding", "position", "attention", "feedforward", "norm", "head")
-LAYER_SLOTS = ("attention", "feedforward", "norm")  # what a pattern of blocks may vary
-HEAD_DIMS = (32, 64, 80, 96, 112, 128)  # vLLM's CPU attention kernel knows few others
+LAYER_SLOTS = ("position", "attention", "feedforward", "norm")  # what a pattern of blocks may vary
+HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # vLLM's CPU attention kernel knows few others
 
 
-Placement = Literal["before", "after", "around"]  # of the norms, as seen from a sub-layer
+Placement = Literal["before", "after", "around", "output"]  # of the norms, as seen from a sub-layer
 
 
 class LayerSpec(BaseModel):
@@ -33,6 +33,7 @@ class LayerSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     repeat: int = Field(1, ge=1, le=10_000)
+    position: SerializeAsAny[KindConfig]
     attention: SerializeAsAny[KindConfig]
     feedforward: SerializeAsAny[KindConfig]
     norm: SerializeAsAny[KindConfig]
@@ -117,13 +118,20 @@ class ModelSpec(BaseModel):
             problem = f"{self.layers_per_block} does not divide num_layers, which is {self.num_layers}"
             raise ConfigError("layers_per_block", problem, "a divisor of num_layers")
         for place, layer in self._kinds_of_layers():
-            self._check_attention(place, layer.attention)
+            self._check_attention(place, layer.attention, layer.position)
             with _placed(place):
                 for slot in LAYER_SLOTS:
                     getattr(layer, slot).check(self)
-        for config in (self.embedding, self.position, self.head, *self.mask):
+                self._check_position(layer.position)
+        for config in (self.embedding, self.head, *self.mask):
             config.check(self)
         return self
+
+    def _check_position(self, position: KindConfig) -> None:
+        """ConfigError where a layer's position of its own is a kind that a whole model has once."""
+        if position != self.position and registry.find("position", position.kind).is_of_model:
+            remedy = "rope, longrope, alibi or none; or the same as the spec's"
+            raise ConfigError("position.kind", f"{position.kind} is one for all layers", remedy)
 
     def _kinds_of_layers(self) -> Iterator[tuple[str, LayerSpec]]:
         """What this spec's layers may be, each with the place that an error of it would name."""
@@ -131,7 +139,7 @@ class ModelSpec(BaseModel):
         for number, entry in enumerate(self.blocks):
             yield f"blocks.{number}.", entry
 
-    def _check_attention(self, place: str, attention: KindConfig) -> None:
+    def _check_attention(self, place: str, attention: KindConfig, position: KindConfig) -> None:
         """ConfigError where an attention does not go with the rest of the spec."""
         kind, cls = attention.kind, registry.find("attention", attention.kind)
         num_heads = getattr(attention, "num_heads", 1)
@@ -144,7 +152,7 @@ class ModelSpec(BaseModel):
         if head_dim not in HEAD_DIMS:
             field = "num_heads" if given is None else "head_dim"
             raise ConfigError(f"{place}attention.{field}", f"head_dim is {head_dim}", f"one of {HEAD_DIMS}")
-        if (num_heads, head_dim) != (self.num_heads, self.head_dim):  # positions are made once, for all layers
+        if (num_heads, head_dim) != (self.num_heads, self.head_dim):  # positions are made for all layers
             problem = (
                 f"{num_heads} heads of {head_dim}, where the spec's attention has {self.num_heads} of {self.head_dim}"
             )
@@ -159,14 +167,15 @@ class ModelSpec(BaseModel):
         if foreign:
             remedy = f"{kind} keeps {', '.join(sorted(kept))}"
             raise ConfigError("mask", f"{place}attention {kind} cannot keep the mask {foreign[0]}", remedy)
-        has_bias = getattr(registry.find("position", self.position.kind), "has_bias", False)
+        has_bias = getattr(registry.find("position", position.kind), "has_bias", False)
         if has_bias and not getattr(cls, "takes_bias", False):
             remedy = "rope, learned, sinusoidal or none"
-            problem = f"{self.position.kind} is added to scores, and {place}attention {kind} has none"
+            problem = f"{position.kind} is added to scores, and {place}attention {kind} has none"
             raise ConfigError("position.kind", problem, remedy)
 
     def _usual_layer(self) -> LayerSpec:
         return LayerSpec(
+            position=self.position,
             attention=self.attention,
             feedforward=self.feedforward,
             norm=self.norm,

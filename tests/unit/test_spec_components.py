@@ -28,12 +28,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {  # what is la
     ),
     "heads of a width that no kernel knows": (
         {"attention": {"num_heads": 4}},
-        "attention.num_heads: head_dim is 24 (one of (32, 64, 80, 96, 112, 128))",
+        "attention.num_heads: head_dim is 24 (one of (32, 64, 80, 96, 112, 128, 160, 192, 224, 256))",
         {"attention": {"num_heads": 1}},
     ),
     "a width of heads that no kernel knows": (
         {"attention": {"head_dim": 48}},
-        "attention.head_dim: head_dim is 48 (one of (32, 64, 80, 96, 112, 128))",
+        "attention.head_dim: head_dim is 48 (one of (32, 64, 80, 96, 112, 128, 160, 192, 224, 256))",
         {"attention": {"head_dim": 64}},
     ),
     "kv heads that do not divide": (
@@ -222,10 +222,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {  # what is la
         " (gqa, or another kind that reads its own text)",
         {"blocks": [{"repeat": 2}, {"attention": "gqa"}]},
     ),
-    "positions in a pattern": (
-        {"blocks": [{"position": "none"}]},
-        "model.blocks.0.position: unknown key (known: attention, feedforward, norm, norm_placement, repeat)",
-        {"position": "none"},
+    "a head in a pattern": (
+        {"blocks": [{"head": "logits"}]},
+        "model.blocks.0.head: unknown key (known: attention, feedforward, norm, norm_placement, position, repeat)",
+        {"head": "logits"},
+    ),
+    "learned positions in a pattern": (
+        {"blocks": [{}, {"position": "learned"}]},
+        "blocks.1.position.kind: learned is one for all layers"
+        " (rope, longrope, alibi or none; or the same as the spec's)",
+        {"position": "learned", "blocks": [{}, {"position": "none"}]},
     ),
     "a prefix that causality takes away": (
         {"mask": ["causal", "prefix"]},
@@ -240,7 +246,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {  # what is la
     "a mask that is none": ({"mask": 3}, "mask: 3 names no kind (for example {kind: causal})", {"mask": []}),
     "an unknown placement of norms": (
         {"norm_placement": "between"},
-        "model.norm_placement: 'between': Input should be 'before', 'after' or 'around'",
+        "model.norm_placement: 'between': Input should be 'before', 'after', 'around' or 'output'",
         {"norm_placement": "around"},
     ),
     "an unknown model": (

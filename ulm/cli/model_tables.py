@@ -59,6 +59,8 @@ def _add_blocks(table: Table, spec: Any, layer: Any, block: Any, num_blocks: int
     )
     norms = sum(p.numel() for name, p in block.named_parameters() if "norm" in name.partition(".")[0])
     table.add_row("│ norm", _said(layer.norm), f"{norms:,}", "")
+    if layer.position != spec.position:
+        table.add_row("│ position", _said(layer.position), "", "")
     from ulm.models.account import block_flops, own_parameters  # needs torch
 
     num_own = sum(p.numel() for p in own_parameters(block.attention))

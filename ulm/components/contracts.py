@@ -32,6 +32,7 @@ class Position(Protocol):
     """How a position enters a model. A kind fills what it needs; the rest is the identity."""
 
     has_bias: bool  # whether `bias` gives one; an attention without scores cannot take it
+    is_of_model: bool  # it embeds or has weights, so a model has one; of the others each layer may have its own
 
     def embed(self, x_BTD: Tensor, positions_BT: Tensor) -> Tensor:
         """Token embeddings with their positions, once, before the first layer. positions_BT may have B = 1.

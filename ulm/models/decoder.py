@@ -24,7 +24,8 @@ class Block(nn.Module):
     """One layer: attention, then feed-forward, each added to x, with norms where the spec places them.
 
     before: x + f(norm(x)) (arXiv 2002.04745); after: norm(x + f(x)) (arXiv 1706.03762, section 3.1);
-    around: x + norm(f(norm(x))) (arXiv 2408.00118, section 2.4).
+    around: x + norm(f(norm(x))) (arXiv 2408.00118, section 2.4); output: x + norm(f(x)) (arXiv 2501.00656,
+    section 2.1).
     """
 
     def __init__(self, spec: LayerSpec, dims: ModelDims, position: Any, layer: int) -> None:
@@ -55,6 +56,9 @@ class Block(nn.Module):
             case "after":
                 x_BTD = self.attention_norm(x_BTD + self.attention(x_BTD, **attend))
                 return self.feedforward_norm(x_BTD + self.feedforward(x_BTD))
+            case "output":
+                x_BTD = x_BTD + self.attention_norm(self.attention(x_BTD, **attend))
+                return x_BTD + self.feedforward_norm(self.feedforward(x_BTD))
             case _:
                 x_BTD = x_BTD + self.attention_out_norm(self.attention(self.attention_norm(x_BTD), **attend))
                 return x_BTD + self.feedforward_out_norm(self.feedforward(self.feedforward_norm(x_BTD)))
@@ -81,9 +85,15 @@ class Decoder(nn.Module):
         self.masks = tuple(registry.find("mask", config.kind)(config) for config in spec.mask)
         self.embedding = registry.find("embedding", spec.embedding.kind)(spec.embedding, self.dims)
         self.embedding_norm = norm(spec.norm, self.dims) if spec.embedding_norm else nn.Identity()
-        self.position = registry.find("position", spec.position.kind)(spec.position, self.dims)  # shared by all layers
+        self.position = registry.find("position", spec.position.kind)(spec.position, self.dims)
+        layers = spec.blocks_of_weights
+        # One for all layers that have the same; those of a pattern's own have no weights.
+        of_layers = {spec.position: self.position}
+        for config in {layer.position: None for layer in layers if layer.position != spec.position}:
+            of_layers[config] = registry.find("position", config.kind)(config, self.dims)
+        self.positions = {position: config for config, position in of_layers.items()}
         self.blocks = nn.ModuleList(
-            Block(layer, self.dims, self.position, number) for number, layer in enumerate(spec.blocks_of_weights)
+            Block(layer, self.dims, of_layers[layer.position], number) for number, layer in enumerate(layers)
         )
         # After the last layer's own norm another would do nothing.
         self.norm = nn.Identity() if spec.norm_placement == "after" else norm(spec.norm, self.dims)

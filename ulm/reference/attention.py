@@ -26,12 +26,14 @@ def attend(
     allowed_BTS: NDArray[np.bool_],
     bias_BHTS: Array | None = None,
     *,
+    scale: float | None = None,
     soft_cap: float | None = None,
     sinks_H: Array | None = None,
 ) -> Array:
     """softmax(q k^T / sqrt(E)) v over the allowed s: arXiv 1706.03762, equation 1; groups: arXiv 2305.13245, 2.2.
 
-    soft_cap: arXiv 2408.00118, section 2.3; sinks, a score without a value: arXiv 2508.10925, section 2.1.2.
+    `scale` stands in place of 1 / sqrt(E). soft_cap: arXiv 2408.00118, section 2.3; sinks, a score without a value:
+    arXiv 2508.10925, section 2.1.2.
     """
     batch, num_new, num_heads, width = q_BTHE.shape
     heads_per_group = num_heads // k_BSKE.shape[2]
@@ -42,7 +44,7 @@ def attend(
     for b, t, h in np.ndindex(batch, num_new, num_heads):
         seen = np.flatnonzero(allowed_BTS[b, t])
         k_SE, v_SE = k_BSKE[b, seen, h // heads_per_group], v_BSKE[b, seen, h // heads_per_group]
-        scores = k_SE @ q_BTHE[b, t, h] / np.sqrt(width)
+        scores = k_SE @ q_BTHE[b, t, h] * (1 / np.sqrt(width) if scale is None else scale)
         if soft_cap is not None:
             scores = soft_cap * np.tanh(scores / soft_cap)
         scores = scores + bias_BHTS[b, h, t, seen]
@@ -60,7 +62,10 @@ def projected(
     position: Position,
     values_BTJ: Array | None,
 ) -> tuple[Array, Array, Array]:
-    """q_BTHE, k_BTKE, v_BTKE: each head from its rows of W_q, W_k, W_v, then normed (arXiv 2302.05442) and turned."""
+    """q_BTHE, k_BTKE, v_BTKE: each head from its rows of W_q, W_k, W_v, then normed and turned.
+
+    Normed by itself: arXiv 2302.05442, section 2; with all others: arXiv 2501.00656, section 2.
+    """
     width = config["head_dim"] or x_BTD.shape[-1] // config["num_heads"]
 
     def heads(name: str, num: int, more_BTJ: Array | float = 0.0) -> Array:
@@ -70,8 +75,10 @@ def projected(
     def normed(x_BTHE: Array, name: str) -> Array:
         if not config["qk_norm"]:
             return x_BTHE
-        mean_square = (x_BTHE**2).sum(-1, keepdims=True) / width
-        return x_BTHE / np.sqrt(mean_square + 1e-6) * weights[f"{name}_norm.weight"]
+        axes = (-2, -1) if config["qk_norm"] == "whole" else (-1,)
+        mean_square = (x_BTHE**2).mean(axes, keepdims=True)
+        weight = weights[f"{name}_norm.weight"].reshape(-1, width)  # a row for each head, or one for all
+        return x_BTHE / np.sqrt(mean_square + 1e-6) * weight
 
     q_BTHE = position.rotate(normed(heads("q", config["num_heads"]), "q"), positions_BT)
     k_BTKE = position.rotate(normed(heads("k", config["num_kv_heads"]), "k"), positions_BT)
@@ -102,7 +109,12 @@ def gqa(
     q_BTHE, k_BTKE, v_BTKE = projected(x_BTD, weights, config, positions_BT, position, values_BTJ)
     bias_BHTS = position.bias(positions_BT, positions_BT)
     sinks_H = weights["sinks"] if config["sinks"] else None
-    out_BTHE = attend(q_BTHE, k_BTKE, v_BTKE, allowed_BTS, bias_BHTS, soft_cap=config["soft_cap"], sinks_H=sinks_H)
+    out_BTHE = attend(
+        *(q_BTHE, k_BTKE, v_BTKE, allowed_BTS, bias_BHTS),
+        scale=config["scale"],
+        soft_cap=config["soft_cap"],
+        sinks_H=sinks_H,
+    )
     return concatenated(out_BTHE, weights)
 
 
@@ -210,5 +222,7 @@ def cross(
     _, k_BSKE, v_BSKE = projected(source_BSD, weights, config, positions_BS, Position(), None)
     allowed_BTS = np.repeat(is_source_BS[:, None], x_BTD.shape[1], axis=1)
     sinks_H = weights["sinks"] if config["sinks"] else None
-    out_BTHE = attend(q_BTHE, k_BSKE, v_BSKE, allowed_BTS, soft_cap=config["soft_cap"], sinks_H=sinks_H)
+    out_BTHE = attend(
+        *(q_BTHE, k_BSKE, v_BSKE, allowed_BTS), scale=config["scale"], soft_cap=config["soft_cap"], sinks_H=sinks_H
+    )
     return concatenated(out_BTHE, weights)

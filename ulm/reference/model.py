@@ -50,10 +50,11 @@ def decoder(
     segments_BT: Array | None = None,
     prefix_tokens_B: Array | None = None,
 ) -> Array:
-    """logits_BTV of a decoder with its norms before, after or around the sub-layers.
+    """logits_BTV of a decoder with its norms before, after, around or at the end of the sub-layers.
 
     x + f(norm(x)): arXiv 2002.04745, figure 1b; norm(x + f(x)): arXiv 1706.03762, section 3.1; x + norm(f(norm(x))):
-    arXiv 2408.00118, section 2.4. `spec` and `weights` are what a checkpoint stores (spec.json, the state dict).
+    arXiv 2408.00118, section 2.4; x + norm(f(x)): arXiv 2501.00656, section 2. `spec` and `weights` are what a
+    checkpoint stores (spec.json, the state dict).
     """
     batch = len(tokens_BT)
     segments_BT = np.zeros_like(tokens_BT) if segments_BT is None else segments_BT
@@ -65,7 +66,11 @@ def decoder(
     def part(slot: str, prefix: str, of: Mapping[str, Any] = spec) -> Callable[..., Array]:
         return partial(reference(slot, of[slot]["kind"]), weights=within(weights, prefix), config=of[slot])
 
-    position = reference("position", spec["position"]["kind"])(within(weights, "position"), spec)
+    def position_of(of: Mapping[str, Any]) -> Any:
+        weights_of_it = within(weights, "position")
+        return reference("position", of["position"]["kind"])(weights_of_it, {**spec, "position": of["position"]})
+
+    position = position_of(spec)
     embedding = part("embedding", "embedding")
     x_BTD = position.embed(embedding(tokens_BT), positions_BT)
     if spec["embedding_norm"]:
@@ -78,7 +83,7 @@ def decoder(
                 x_BTD,
                 positions_BT=positions_BT,
                 allowed_BTS=allowed_BTS,
-                position=position,
+                position=position_of(of),
                 values_BTJ=embedding(tokens_BT, values_of_layer=layer, num_layers=spec["num_layers"]),
             )
 
@@ -92,6 +97,8 @@ def decoder(
                     x_BTD = x_BTD + sub_layer(norm(x_BTD))
                 case "after":
                     x_BTD = norm(x_BTD + sub_layer(x_BTD))
+                case "output":
+                    x_BTD = x_BTD + norm(sub_layer(x_BTD))
                 case "around":
                     x_BTD = x_BTD + part("norm", f"{block}.{name}_out_norm", of)(sub_layer(norm(x_BTD)))
     head = part("head", "embedding" if spec["embedding"]["tied"] else "head")

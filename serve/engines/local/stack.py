@@ -88,12 +88,12 @@ class Stack:
 
     def _materialise(self) -> dict[str, nn.Parameter]:
         """Real tensors for what is left: constants, and parameters without a stacked form, of one member only."""
-        real = registry.find("position", self.spec.position.kind)(self.spec.position, self.model.dims).to(self.device)
-        position = self.model.position
-        for name, table in real.named_buffers(recurse=False):
-            setattr(position, name, table)
-        if has_kernels(self.device):
-            turn_natively(position)
+        for position, config in self.model.positions.items():
+            real = registry.find("position", config.kind)(config, self.model.dims).to(self.device)
+            for name, table in real.named_buffers(recurse=False):
+                setattr(position, name, table)
+            if has_kernels(self.device):
+                turn_natively(position)
         own: dict[str, nn.Parameter] = {}
         for module_name, module in self.model.named_modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
@@ -111,7 +111,7 @@ class Stack:
             settle(self.matrices, slot)
         for name, parameter in self._own.items():
             parameter.copy_(tensors[name])
-        if getattr(self.model.position, "has_bias", False):
+        if any(position.has_bias for position in self.model.positions):
             self._tabulate_bias()
 
     def drop(self, slot: int, key: Hashable) -> None:
@@ -122,12 +122,16 @@ class Stack:
         self.used_slots.discard(slot)
 
     def _tabulate_bias(self) -> None:
-        """What the position adds to scores, by distance: it depends on nothing else."""
+        """What positions add to scores, by distance: it depends on nothing else."""
         last = self.spec.context_tokens - 1
         keys_BS = torch.arange(last, -1, -1, device=self.device)[None]
-        bias_HS = self.model.position.bias(keys_BS[:, :1], keys_BS)[0, :, 0].to(self.active_dtype).contiguous()
-        for state in self.states:
-            state.bias_HS = bias_HS
+        tables = {
+            position: position.bias(keys_BS[:, :1], keys_BS)[0, :, 0].to(self.active_dtype).contiguous()
+            for position in self.model.positions
+            if position.has_bias
+        }
+        for block, state in zip(self.model.layers, self.states, strict=True):
+            state.bias_HS = tables.get(block.attention.position)
 
     @property
     def weight_bytes(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -22,7 +22,9 @@ class HeadsConfig(KindConfig):
     num_kv_heads: int = Field(8, ge=1, le=4096)
     head_dim: int | None = Field(None, ge=1)
     bias: bool = False  # of the four projections
-    qk_norm: bool = False  # RMSNorm of each query and key, before its rotation (arXiv 2302.05442, section 2)
+    # RMSNorm of each query and key, before its rotation (arXiv 2302.05442, section 2); whole: of those of all heads at
+    # once (arXiv 2501.00656, section 2).
+    qk_norm: bool | Literal["whole"] = False
 
     @model_validator(mode="after")
     def _groups(self) -> Self:
@@ -35,6 +37,7 @@ class HeadsConfig(KindConfig):
 class ScoredConfig(HeadsConfig):
     """Heads, and what may be done to their scores."""
 
+    scale: float | None = Field(None, gt=0, le=1e4)  # of the products that scores are; None: 1 / sqrt(head_dim)
     soft_cap: float | None = Field(None, gt=0, le=1e4)  # scores stay within +- soft_cap (arXiv 2408.00118, section 2.3)
     sinks: bool = False  # a learned score per head that takes attention from all tokens (arXiv 2508.10925, 2.1.2)
 
@@ -66,18 +69,24 @@ class Projected(nn.Module):
         self.k = nn.Linear(dims.d_model, config.num_kv_heads * dims.head_dim, bias=config.bias)
         self.v = nn.Linear(dims.d_model, config.num_kv_heads * dims.head_dim, bias=config.bias)
         self.out = nn.Linear(config.num_heads * dims.head_dim, dims.d_model, bias=config.bias)
-        self.q_norm = HeadNorm(dims.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(dims.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.norms_whole = config.qk_norm == "whole"
+        num_normed = (config.num_heads, config.num_kv_heads) if self.norms_whole else (1, 1)
+        self.q_norm, self.k_norm = (
+            HeadNorm(num * dims.head_dim, eps=1e-6) if config.qk_norm else nn.Identity() for num in num_normed
+        )
 
     def project(
         self, x_BTD: Tensor, positions_BT: Tensor, values_BTJ: Tensor | None, *, turned: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q_BTHE, k_BTKE, v_BTKE; queries and keys turned by their positions, `values_BTJ` added to the values."""
         q_BTJ, k_BTJ, v_BTJ = self.products(x_BTD)
+        if self.norms_whole:
+            q_BTJ, k_BTJ = self.q_norm(q_BTJ), self.k_norm(k_BTJ)
         q_BTHE, k_BTKE = (x.unflatten(-1, (-1, self.head_dim)) for x in (q_BTJ, k_BTJ))
         if values_BTJ is not None:
             v_BTJ = v_BTJ + values_BTJ
-        q_BTHE, k_BTKE = self.q_norm(q_BTHE), self.k_norm(k_BTKE)
+        if not self.norms_whole:
+            q_BTHE, k_BTKE = self.q_norm(q_BTHE), self.k_norm(k_BTKE)
         if turned:
             q_BTHE, k_BTKE = (self.position.rotate(x, positions_BT) for x in (q_BTHE, k_BTKE))
         return q_BTHE, k_BTKE, v_BTJ.unflatten(-1, (-1, self.head_dim))
@@ -114,7 +123,16 @@ class Scored(Projected):
     def __init__(self, config: Any, dims: ModelDims, position: Position, layer: int) -> None:
         super().__init__(config, dims, position, layer)
         self.soft_cap = config.soft_cap
+        # Kernels divide by sqrt(E): another scale is the queries'.
+        self.q_scale = None if config.scale is None else config.scale * dims.head_dim**0.5
         self.sinks = nn.Parameter(torch.zeros(config.num_heads)) if config.sinks else None
+
+    def project(
+        self, x_BTD: Tensor, positions_BT: Tensor, values_BTJ: Tensor | None, *, turned: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As that of all, with queries by which kernels find the scores of this kind's scale."""
+        q_BTHE, k_BTKE, v_BTKE = super().project(x_BTD, positions_BT, values_BTJ, turned=turned)
+        return (q_BTHE if self.q_scale is None else q_BTHE * self.q_scale), k_BTKE, v_BTKE
 
     def scored(
         self, q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, mask: Mask, bias_BHTS: Tensor | None = None

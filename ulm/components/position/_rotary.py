@@ -49,6 +49,7 @@ class Rotary(nn.Module):
     """x_i, x_{i+E/2} turned by an angle of its position: arXiv 2104.09864, equation 34, halves paired as in Llama."""
 
     has_bias = False
+    is_of_model = False
     cos_SE: Tensor
     sin_SE: Tensor
 

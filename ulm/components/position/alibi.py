@@ -20,6 +20,7 @@ class LinearBiasPosition(nn.Module):
     """score - slope_h * distance, slopes falling geometrically: arXiv 2108.12409, section 3."""
 
     has_bias = True
+    is_of_model = False
     slopes_H: Tensor
 
     def __init__(self, config: Config, dims: ModelDims) -> None:

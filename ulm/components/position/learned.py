@@ -21,6 +21,7 @@ class LearnedPosition(nn.Module):
     """x + table[position], before the first layer: arXiv 1706.03762, section 3.5, with learned vectors as in GPT-2."""
 
     has_bias = False
+    is_of_model = True
 
     def __init__(self, config: Config, dims: ModelDims) -> None:
         super().__init__()

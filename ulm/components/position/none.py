@@ -17,6 +17,7 @@ class NoPosition(nn.Module):
     """Everything as it is: arXiv 2305.19466."""
 
     has_bias = False
+    is_of_model = False
 
     def __init__(self, config: Config, dims: ModelDims) -> None:
         super().__init__()

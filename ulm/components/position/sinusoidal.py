@@ -21,6 +21,7 @@ class SinusoidalPosition(nn.Module):
     """x + (sin(m w_i), cos(m w_i)) side by side, w_i = theta^(-2i/D): arXiv 1706.03762, section 3.5."""
 
     has_bias = False
+    is_of_model = True
     table_SD: Tensor
 
     def __init__(self, config: Config, dims: ModelDims) -> None:

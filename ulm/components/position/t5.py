@@ -42,6 +42,7 @@ class RelativePosition(nn.Module):
     """
 
     has_bias = True
+    is_of_model = True
     bucket_S: Tensor
 
     def __init__(self, config: Config, dims: ModelDims) -> None:
