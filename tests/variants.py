@@ -37,7 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # by slot.kind
         "wide heads": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 64},
         "bias": {"bias": True},
         "qk norm": {"qk_norm": True},
-        "qk norm of all heads": {"qk_norm": "whole"},
+        "qk norm of all heads": {"qk_norm": "whole", "qk_norm_eps": 0.1},
         "other scale": {"scale": 0.4},
         "soft cap": {"soft_cap": 5.0},
         "sinks": {"sinks": True},

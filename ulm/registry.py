@@ -28,6 +28,7 @@ PACKAGES = {
         )
     },
     "model": "ulm.models",
+    "architecture": "ulm.exchange.architectures",
     "engine": "serve.engines",
     "strategy": "serve.strategies",
 }

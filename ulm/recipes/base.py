@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, TypeAdapter, ValidationError
 
 from ulm import artefacts
 from ulm.errors import ConfigError
@@ -25,6 +25,15 @@ def _whole(name: str) -> str:
 
 
 Name = Annotated[str, StringConstraints(pattern=rf"^{ID_PATTERN}$", max_length=120), AfterValidator(_whole)]
+
+
+def checked_name(text: str, place: str = "name") -> str:
+    """A text that may name an artefact, as it is; ConfigError for any other."""
+    try:
+        return TypeAdapter(Name).validate_python(text)
+    except ValidationError:
+        remedy = f"letters, digits, . _ and - as in {ID_PATTERN}, 120 at most"
+        raise ConfigError(place, f"{reprlib.repr(text)} is no name", remedy) from None
 
 
 class Section(BaseModel):

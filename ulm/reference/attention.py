@@ -78,7 +78,7 @@ def projected(
         axes = (-2, -1) if config["qk_norm"] == "whole" else (-1,)
         mean_square = (x_BTHE**2).mean(axes, keepdims=True)
         weight = weights[f"{name}_norm.weight"].reshape(-1, width)  # a row for each head, or one for all
-        return x_BTHE / np.sqrt(mean_square + 1e-6) * weight
+        return x_BTHE / np.sqrt(mean_square + config["qk_norm_eps"]) * weight
 
     q_BTHE = position.rotate(normed(heads("q", config["num_heads"]), "q"), positions_BT)
     k_BTKE = position.rotate(normed(heads("k", config["num_kv_heads"]), "k"), positions_BT)

@@ -25,6 +25,7 @@ class HeadsConfig(KindConfig):
     # RMSNorm of each query and key, before its rotation (arXiv 2302.05442, section 2); whole: of those of all heads at
     # once (arXiv 2501.00656, section 2).
     qk_norm: bool | Literal["whole"] = False
+    qk_norm_eps: float = Field(1e-6, gt=0)
 
     @model_validator(mode="after")
     def _groups(self) -> Self:
@@ -72,7 +73,7 @@ class Projected(nn.Module):
         self.norms_whole = config.qk_norm == "whole"
         num_normed = (config.num_heads, config.num_kv_heads) if self.norms_whole else (1, 1)
         self.q_norm, self.k_norm = (
-            HeadNorm(num * dims.head_dim, eps=1e-6) if config.qk_norm else nn.Identity() for num in num_normed
+            HeadNorm(num * dims.head_dim, eps=config.qk_norm_eps) if config.qk_norm else nn.Identity() for num in num_normed
         )
 
     def project(

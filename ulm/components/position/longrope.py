@@ -45,6 +45,20 @@ class Config(RotaryConfig):
                 raise ConfigError(f"position.{name}", problem, remedy)
 
 
+    def factors_at(self, context_tokens: int) -> Factors:
+        """Those that hold for a model of this context."""
+        return self.long_factors if context_tokens > self._original(context_tokens) else self.short_factors
+
+    def length_at(self, context_tokens: int) -> float:
+        """What queries and keys of a model of this context are multiplied by."""
+        original = self._original(context_tokens)
+        longer = max(1.0, context_tokens / original)
+        return self.attention_factor or math.sqrt(1 + math.log(longer) / math.log(original))
+
+    def _original(self, context_tokens: int) -> int:
+        return self.original_context_tokens or context_tokens
+
+
 @register("position", Config)
 class LongRotaryPosition(Rotary):
     """Pair i turned by n theta^(-2i/E) / factor_i at position n, the first few positions by n theta^(-2i/E).
@@ -54,13 +68,11 @@ class LongRotaryPosition(Rotary):
     """
 
     def __init__(self, config: Config, dims: ModelDims) -> None:
-        original = config.original_context_tokens or dims.context_tokens
-        factors = config.long_factors if dims.context_tokens > original else config.short_factors
+        factors = config.factors_at(dims.context_tokens)
         usual_F = torch.tensor(config.frequencies(dims.head_dim), dtype=torch.float64)
         factors_F = torch.ones_like(usual_F) if factors is None else torch.tensor(factors, dtype=torch.float64)
         places_S1 = positions(dims)
         angles_SF = torch.where(
             places_S1 < config.keep_first_tokens, places_S1 * usual_F, places_S1 * usual_F / factors_F
         )
-        longer = max(1.0, dims.context_tokens / original)
-        super().__init__(angles_SF, config.attention_factor or math.sqrt(1 + math.log(longer) / math.log(original)))
+        super().__init__(angles_SF, config.length_at(dims.context_tokens))

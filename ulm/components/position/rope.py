@@ -53,7 +53,7 @@ class RotaryPosition(Rotary):
 
     def __init__(self, config: Config, dims: ModelDims) -> None:
         angles_SF = positions(dims) * torch.tensor(scaled(config, dims.head_dim), dtype=torch.float64)
-        super().__init__(angles_SF, _attention_factor(config.scaling))
+        super().__init__(angles_SF, attention_factor(config.scaling))
 
 
 def scaled(config: Config, head_dim: int) -> Frequencies:
@@ -81,7 +81,8 @@ def _by_turns(frequency: float, scaling: Scaling, original: int) -> float:
     return (1 - share) * frequency / scaling.factor + share * frequency
 
 
-def _attention_factor(scaling: Any) -> float:
+def attention_factor(scaling: Scaling | None) -> float:
+    """What queries and keys are multiplied by."""
     if scaling is None or scaling.kind != "yarn":
         return 1.0
     return scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1

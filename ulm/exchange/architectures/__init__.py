@@ -1,0 +1,1 @@
+"""Stock architectures of transformers, a file each."""
