@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.corpus.over import Over, Progress, one_by_one
-from pipelines.swarm.plan import Plan, plan_swarm
+from pipelines.swarm.plan import Plan, one_run, plan_swarm
 from pipelines.swarm.rule import Forecast, Rule, Setting
 from pipelines.swarm.slots import shape, slots
 from pipelines.train import folder
@@ -24,7 +24,7 @@ from pipelines.train.plan import plan as plan_one
 from ulm import artefacts, runtime
 from ulm.corpus.manifest import Corpus
 from ulm.models.account import num_parameters, on_meta, train_flops_per_token
-from ulm.recipes.train import SwarmRecipe, TrainingRecipe, TrainRecipe
+from ulm.recipes.train import Resources, SwarmRecipe
 
 MOST_TOKENS = 20_000_000  # counted: their words say enough of any corpus, and are read in a second
 SAMPLE_SEED = 0
@@ -186,10 +186,9 @@ def _clusters(plan: Plan) -> list[dict[str, Any]]:
 
 def _cost(recipe: SwarmRecipe, plan: Plan, root: Path, near: Path | None) -> dict[str, Any]:
     """Time, memory and disk on this machine; the controls that the recipe asks for are part of it."""
-    given = TrainingRecipe.model_fields.keys() & recipe.model_fields_set - {"resources"}
-    alone = TrainRecipe(**{field: getattr(recipe, field) for field in given})
     # under a name of its own, so that no run is taken for this one
-    one = plan_one(alone.model_copy(update={"name": f"{recipe.name}-planned"}), root=root, near=near)
+    changes = {"name": f"{recipe.name}-planned", "resources": Resources()}
+    one = plan_one(one_run(recipe).model_copy(update=changes), root=root, near=near)
     small = train_flops_per_token(on_meta(plan.seed.spec), plan.seed.spec.context_tokens)
     steps = 0.0  # of the seed's model
     tasks = [*_swarm(plan), *(task for task in plan.tasks() if task not in [plan.seed, *plan.experts.values()])]

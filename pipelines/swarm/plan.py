@@ -62,9 +62,7 @@ def plan_swarm(
 
     `over` and `progress`: for the clustering, see pipelines/corpus/over.py.
     """
-    given = TrainingRecipe.model_fields.keys() & recipe.model_fields_set  # a preset proposes the rest
-    shared = {field: getattr(recipe, field) for field in given}
-    whole = resolve(TrainRecipe(**shared), root=root, near=near)
+    whole = resolve(one_run(recipe), root=root, near=near)
     expert_steps = round(whole.num_steps * (1 - recipe.seed_share)) // recipe.experts
     seed_steps = whole.num_steps - expert_steps * recipe.experts
     if expert_steps < 1 or seed_steps < 1:
@@ -132,6 +130,13 @@ def plan_swarm(
     return Plan(corpus, clusters, random_clusters, seed, of_experts, dense, dense_flops, random, second_steps)
 
 
+def one_run(recipe: SwarmRecipe) -> TrainRecipe:
+    """The recipe of one run as long as all of a swarm's; the seed is its beginning."""
+    # A preset proposes what is not given, and a checkpoint the model.
+    given = (TrainingRecipe.model_fields.keys() | {"init_from"}) & recipe.model_fields_set
+    return TrainRecipe(**{field: getattr(recipe, field) for field in given})
+
+
 def protocol_run(
     like: TrainTask, swarm: SwarmRecipe, suffix: str, num_steps: int, decay_share: float, **changes: Any
 ) -> TrainTask:
@@ -151,4 +156,4 @@ def _dense_flops(whole: TrainTask, recipe: SwarmRecipe) -> TrainTask:
     num_steps = max(1, round(whole.num_steps * flops[0] / flops[1]))
     falls = min(1.0, dial.lr(num_parameters(large)) / dial.lr(num_parameters(small)))
     optimizer = whole.optimizer.model_copy(update={"lr": whole.optimizer.lr * falls})  # type: ignore[attr-defined]
-    return protocol_run(whole, recipe, "dense-flops", num_steps, 1.0, spec=spec, optimizer=optimizer)
+    return protocol_run(whole, recipe, "dense-flops", num_steps, 1.0, spec=spec, optimizer=optimizer, init_from=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import ulm
 from tests.numerics._stock import drawn
 from tests.trained import equal_until_a_tie
+from tests.variants import model_of
 from ulm.checkpoints.manifest import read_manifest
+from ulm.cli.main import app
 from ulm.errors import ArtefactError, ConfigError, UnsupportedError
 from ulm.exchange.hf import architectures, export_hf, stock
 from ulm.exchange.hf_import import import_hf
+from ulm.exchange.own import export_own
 from ulm.exchange.plain import plain
 from ulm.tokenizers.byte import byte_tokenizer
 
@@ -334,3 +339,44 @@ def test_the_plainest_architecture_is_taken_where_several_fit(nano):
     architecture, settings, _ = stock(nano(vocab_size=BYTES.vocab_size))
     assert architecture.name == "LlamaForCausalLM"
     assert settings["position.turning"].length == 1
+
+
+@torch.no_grad()
+def test_a_folder_with_its_own_code_comes_back_as_it_was(tmp_path):
+    fields = {"embedding": {"kind": "value", "tied": False}, "attention": "performer", "layers_per_block": 2}
+    model = model_of({**fields, "num_layers": 4, "vocab_size": BYTES.vocab_size})
+    taken = import_hf(export_own(model, BYTES, tmp_path / "own"), root=tmp_path, name="taken")
+    assert (taken.architecture, taken.spec, taken.notes) == ("UlmForCausalLM", model.spec, ())
+    back, _ = ulm.load(taken.checkpoint)
+    tokens_BT = texts()[:, : model.spec.context_tokens]
+    assert torch.equal(back(tokens_BT), model(tokens_BT))
+
+
+def test_a_folder_cannot_have_modules_imported(nano, tmp_path):
+    source = export_own(nano(vocab_size=BYTES.vocab_size), BYTES, tmp_path / "own")
+    spec = json.loads((source / "config.json").read_text(encoding="utf-8"))["spec"]
+    hostile = {**spec, "blocks": [{"attention": {"kind": "this:Zen"}}]}
+    with pytest.raises(ConfigError, match="config.json: spec: 'this:Zen' is no kind of ours"):
+        import_hf(changed(source, spec=hostile), root=tmp_path, name="taken")
+    assert "this" not in sys.modules
+
+
+def test_the_command_line_exports_and_imports(nano, tmp_path, monkeypatch):
+    monkeypatch.setenv("ULM_HOME", str(tmp_path))
+    ulm.save(nano(vocab_size=BYTES.vocab_size), BYTES, tmp_path / "runs" / "plain" / "step-00000003")
+    ulm.save(nano(vocab_size=BYTES.vocab_size, head="soft_cap"), BYTES, tmp_path / "runs" / "odd" / "step-00000003")
+
+    def run(*words: str) -> dict[str, Any]:
+        result = CliRunner().invoke(app, [*words])
+        assert result.exit_code == 0, result.output
+        return dict(json.loads(result.stdout.splitlines()[-1]))
+
+    said = run("export", "plain", str(tmp_path / "a"), "--to", "hf", "--dtype", "bfloat16")
+    assert said["why_not_stock"] is None
+    assert json.loads((tmp_path / "a" / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
+    said = run("export", "odd", str(tmp_path / "b"))
+    assert "head.kind is soft_cap, a LlamaForCausalLM's is logits" in said["why_not_stock"]
+    for folder, architecture in (("a", "LlamaForCausalLM"), ("b", "UlmForCausalLM")):
+        said = run("import", str(tmp_path / folder))
+        assert (said["name"], said["architecture"]) == (folder, architecture)
+        assert run("generate", folder, "x", "--max-tokens", "3")["tokens"]

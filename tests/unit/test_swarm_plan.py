@@ -10,6 +10,7 @@ import ulm
 from pipelines.swarm import widen
 from pipelines.swarm.plan import Plan, plan_swarm
 from tests.written_corpus import write_kinds
+from ulm.corpus.manifest import Corpus
 from ulm.errors import ConfigError
 from ulm.models.account import forward_flops_per_token, on_meta, train_flops_per_token
 from ulm.recipes.base import validate
@@ -46,6 +47,21 @@ def test_experts_and_dense_begin_with_the_seeds_last_checkpoint(home):
     assert of.seed.init_from is None
     for task in (of.dense, *of.experts.values()):
         assert task.init_from == of.seed.folder / f"step-{of.seed.num_steps:08d}"
+
+
+def test_the_seed_alone_may_begin_with_a_checkpoint_whose_model_all_then_have(home):
+    corpus = Corpus.open("tiny", root=home)
+    spec = ulm.ModelSpec.preset("nano", vocab_size=corpus.tokenizer.vocab_size, num_layers=2, context_tokens=64)
+    checkpoint = home / "runs" / "taken" / "step-00000000"
+    if not checkpoint.is_dir():
+        ulm.save(ulm.build(spec, seed=0), corpus.tokenizer, checkpoint)
+    train = {"steps": 13, "batch_tokens": 256}
+    fields = {"name": "i", "corpus": "tiny", "experts": 3, "train": train, "init_from": "taken"}
+    of = plan_swarm(validate(SwarmRecipe, {**fields, "controls": ["dense", "dense_flops"]}), root=home)
+    assert of.seed.init_from == checkpoint
+    assert {task.spec for task in (of.seed, of.dense, *of.experts.values())} == {spec}
+    assert of.dense_flops.init_from is None
+    assert {task.init_from for task in (of.dense, *of.experts.values())} == {of.seed.folder / "step-00000007"}
 
 
 def test_the_seed_holds_its_rate_and_experts_and_dense_fall_linearly_to_a_tenth(home):

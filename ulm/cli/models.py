@@ -1,10 +1,9 @@
-"""`ulm generate`, `ulm show`, `ulm export`: one model at a time, without Ray."""
+"""`ulm generate`, `ulm show`: one model at a time, without Ray."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,22 +11,13 @@ import typer
 
 from ulm import runtime
 from ulm.cli import console, model_tables
+from ulm.cli.options import Checkpoint
 from ulm.errors import ConfigError, RequestError
-
-Checkpoint = Annotated[
-    str, typer.Argument(help="A step directory, a run, or a name under models/.", show_default=False)
-]
-
-
-class ExportFormat(StrEnum):
-    """What a checkpoint can become."""
-
-    hf = "hf"
 
 
 def add_to(app: typer.Typer) -> None:
     """Hang this file's verbs on the command line."""
-    for verb in (generate, show, export):
+    for verb in (generate, show):
         app.command(verb.__name__)(verb)
 
 
@@ -154,20 +144,3 @@ def show(
             f"trained in batches of {batch:,} tokens at a peak rate of {rate:.2g}, unless a recipe says more"
         )
     console.finish({"spec": chosen.model_dump(), **costs, "training": training})
-
-
-def export(
-    checkpoint: Checkpoint,
-    folder: Annotated[Path, typer.Argument(help="A folder to make.", show_default=False)],
-    to: Annotated[ExportFormat, typer.Option(help="hf: a stock Hugging Face folder.")] = ExportFormat.hf,
-) -> None:
-    """Write a checkpoint as a folder that transformers and vLLM open unchanged.
-
-    Example: ulm export demo-e00 ./demo-e00-hf --to hf
-    """
-    from ulm.checkpoints import store
-    from ulm.checkpoints.export import export_hf
-
-    model, tokenizer = store.load(store.resolve(checkpoint, root=runtime.root(), near=Path.cwd()))
-    export_hf(model, tokenizer, folder)
-    console.finish({"folder": str(folder.absolute()), "format": to.value})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from ulm.components.position import longrope
 from ulm.errors import ArtefactError, ConfigError, did_you_mean
 from ulm.exchange.contract import Architecture, Config
 from ulm.exchange.hf import architectures
+from ulm.exchange.hf_tokenizer import read_json, read_tokenizer
 from ulm.exchange.plain import plain
 from ulm.exchange.weights import Weights, imported
 from ulm.recipes.base import checked_name
 from ulm.spec import ModelSpec
-from ulm.tokenizers.tokenizer import Tokenizer
 
 # Read together by architectures; several ways to say one thing.
 ROPE = {"rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"}
@@ -64,36 +64,31 @@ def import_hf(source: Path | str, *, root: Path, name: str, context_tokens: int 
     """
     source = Path(source).expanduser().absolute()
     run = root / "runs" / checked_name(name)
-    config = _json(source / "config.json")
-    architecture = _architecture(config)
-    whole = {**architecture.defaults, **config}
-    spec = _spec(architecture, whole, context_tokens)
-    tokenizer = Tokenizer.read(source)
-    if tokenizer.vocab_size > spec.vocab_size:
+    config = read_json(source / "config.json")
+    tokenizer, notes = read_tokenizer(source, config)
+    if config.get("model_type") == "ulm":
+        architecture, spec = "UlmForCausalLM", _own_spec(config, context_tokens)
+        weights = _own_weights(source)
+    else:
+        stock = _architecture(config)
+        whole = {**stock.defaults, **config}
+        architecture, spec = stock.name, _spec(stock, whole, context_tokens)
+        weights, notes = _weights(source, stock, spec), (*notes, *_notes(stock, whole, spec))
+    if (more := spec.vocab_size - tokenizer.vocab_size) < 0:
         problem = f"{tokenizer.vocab_size} tokens, and the model has {spec.vocab_size}"
         raise ArtefactError(f"{source / 'tokenizer.json'}: {problem}")
-    notes = _notes(architecture, whole, spec)
+    if more:
+        notes = (*notes, f"{more} rows of the tables that no token has are left out")
+        spec = spec.model_copy(update={"vocab_size": tokenizer.vocab_size})
     model = ulm.build(spec)
-    _fill(model, _weights(source, architecture, spec))
+    _fill(model, weights, more)
     step = store.step_folder(run, 0)
     if run.exists():
         raise ConfigError("name", f"there is a run {name} already", "another name, or remove its folder")
     with artefacts.shared_lock(root):  # so that `ulm gc` never sees it without its name
         store.write(store.snapshot(model, tokenizer, copy=False), step)
         artefacts.point(root / "models" / name, step)
-    return Imported(step, read_manifest(step).digest, architecture.name, spec, notes)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtefactError(f"{path}: no such file; a folder with config.json and model.safetensors") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ArtefactError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ArtefactError(f"{path}: no object of settings")
-    return found
+    return Imported(step, read_manifest(step).digest, architecture, spec, notes)
 
 
 def _architecture(config: Config) -> Architecture:
@@ -130,6 +125,36 @@ def _spec(architecture: Architecture, config: Config, context_tokens: int | None
     if isinstance(spec.position, longrope.Config):  # and so do queries and keys, whichever factors hold
         position["attention_factor"] = spec.position.length_at(spec.context_tokens)
     return ModelSpec.parse({**fields, "position": position, "context_tokens": context_tokens})
+
+
+def _own_spec(config: Config, context_tokens: int | None) -> ModelSpec:
+    """The spec that a folder with its own code holds. ConfigError for kinds by module: a folder may not import any."""
+    given = config.get("spec")
+    if not isinstance(given, dict):
+        raise ConfigError("config.json: spec", "no spec in it", "a folder of `ulm export`")
+    if ":" in (foreign := next(_kinds(given), "")):
+        raise ConfigError(
+            "config.json: spec", f"{foreign!r} is no kind of ours", "a folder names no modules of its own"
+        )
+    return ModelSpec.parse({**given, **({"context_tokens": context_tokens} if context_tokens else {})})
+
+
+def _kinds(given: Any) -> Iterator[str]:
+    """Names of kinds, those with a module first."""
+    parts = given.values() if isinstance(given, dict) else given if isinstance(given, list) else ()
+    found = [kind for part in parts for kind in _kinds(part)]
+    if isinstance(given, dict) and isinstance(given.get("kind"), str):
+        found.append(given["kind"])
+    yield from sorted(found, key=lambda kind: ":" not in kind)
+
+
+def _own_weights(source: Path) -> Weights:
+    """Tensors under our names of a folder with its own code."""
+    stored = _read(source)
+    return {
+        "head.weight" if name == "lm_head.weight" else name.removeprefix("model."): tensor.float()
+        for name, tensor in stored.items()
+    }
 
 
 def _notes(architecture: Architecture, config: Config, spec: ModelSpec) -> tuple[str, ...]:
@@ -176,7 +201,7 @@ def _read(source: Path) -> Weights:
     """All tensors of model.safetensors, or of the files that its index names."""
     index = source / "model.safetensors.index.json"
     if index.is_file():
-        of = _json(index).get("weight_map")
+        of = read_json(index).get("weight_map")
         names = sorted(set(of.values())) if isinstance(of, dict) else []
     else:
         names = ["model.safetensors"]
@@ -196,11 +221,16 @@ def _read(source: Path) -> Weights:
 
 
 @torch.no_grad()
-def _fill(model: Any, weights: Mapping[str, Tensor]) -> None:
-    """Weights into a model; rows of a table beyond the vocabulary are zeros, and no token has them."""
-    for name, parameter in model.named_parameters():
-        weight = weights[name]
-        kept = parameter[: model.vocab_size] if name in ("embedding.weight", "head.weight") else parameter
+def _fill(model: Any, weights: Mapping[str, Tensor], num_idle: int) -> None:
+    """Weights into a model, without the last `num_idle` rows of tables; what is left of its own rows are zeros."""
+    held = dict(model.named_parameters())
+    constants = [name for name in model.state_dict() if name in weights and name not in held]
+    if lost := sorted(held.keys() - weights.keys()):
+        raise ArtefactError(f"model.safetensors: no tensor {lost[0]}")
+    for name, parameter in (held | {name: model.get_buffer(name) for name in constants}).items():
+        weight, kept = weights[name], parameter
+        if name.startswith("embedding.tables.") or name in ("embedding.weight", "head.weight"):
+            weight, kept = weight[: max(0, len(weight) - num_idle)], parameter[: model.vocab_size]
         if kept.shape != weight.shape:
             problem = f"{name} is {list(weight.shape)}, where config.json means {list(kept.shape)}"
             raise ArtefactError(f"model.safetensors: {problem}")

@@ -193,6 +193,7 @@ class Evaluation(Section):
 class SwarmRecipe(TrainingRecipe):
     """What `ulm swarm train` needs. Its length is the total over seed and experts; schedules are the protocol's."""
 
+    init_from: str | None = None  # a checkpoint that the seed begins with, an imported one too: weights only
     experts: int = Field(4, ge=1)
     seed_share: float = Field(0.5, gt=0, lt=1)
     controls: list[Literal["dense", "random", "dense_flops"]] = ["dense"]

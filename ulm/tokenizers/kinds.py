@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from ulm.errors import UnknownCharacterError
 
@@ -109,6 +109,26 @@ class Bytes(ByteLevel):
         return np.frombuffer(text.encode(), np.uint8)
 
 
+class Foreign(ByteLevel):
+    """A byte-level BPE of another maker: words split by another pattern, perhaps of text in normal form C."""
+
+    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+        super().__init__(inner)
+        self._inner = inner
+
+    @classmethod
+    def made(cls, inner: tokenizers.Tokenizer) -> bool:
+        """Whether this Hugging Face tokenizer is of this kind."""
+        in_form = inner.normalizer is None or isinstance(inner.normalizer, normalizers.NFC)
+        is_of_bytes = isinstance(inner.model, models.BPE) and "ByteLevel(" in repr(inner.pre_tokenizer)
+        adds_space = "add_prefix_space=True" in repr(inner.pre_tokenizer)
+        return in_form and is_of_bytes and not adds_space and isinstance(inner.decoder, decoders.ByteLevel)
+
+    def ids(self, text: str) -> NDArray[Any]:
+        encoded = self._inner.encode_batch_fast([text], add_special_tokens=False)[0]  # fast: without offsets
+        return np.array(encoded.ids, np.uint32)
+
+
 class Characters:
     """One token per Unicode character; those outside the vocabulary are refused."""
 
@@ -140,11 +160,16 @@ class Characters:
         return ids
 
 
-KINDS: dict[str, type[ByteLevel] | type[Characters]] = {"byte": Bytes, "char": Characters, "bpe": ByteLevel}
+KINDS: dict[str, type[ByteLevel] | type[Characters]] = {
+    "byte": Bytes,
+    "char": Characters,
+    "bpe": ByteLevel,
+    "foreign": Foreign,
+}
 
 
 def kind_of(inner: tokenizers.Tokenizer) -> str | None:
     """The kind of a Hugging Face tokenizer, told by its parts; None for one that would code text in another way."""
-    if inner.normalizer is not None or not all(token.special for token in inner.get_added_tokens_decoder().values()):
-        return None
-    return next((kind for kind, coder in KINDS.items() if coder.made(inner)), None)
+    all_are_special = all(token.special for token in inner.get_added_tokens_decoder().values())
+    ours = inner.normalizer is None and all_are_special
+    return next((kind for kind, coder in KINDS.items() if (ours or kind == "foreign") and coder.made(inner)), None)

@@ -37,7 +37,9 @@ class Tokenizer:
         self.inner, self.kind, self.chat_template = inner, kind, chat_template
         inner.encode_special_tokens = True
         self.vocab_size: int = inner.get_vocab_size()
-        self.special_ids = {added.content: index for index, added in inner.get_added_tokens_decoder().items()}
+        added = inner.get_added_tokens_decoder()
+        self.special_ids = {token.content: index for index, token in added.items() if token.special}
+        self._plain_ids = {token.content: index for index, token in added.items() if not token.special}
         if END_OF_TEXT not in self.special_ids:
             raise ArtefactError(f"the tokenizer has no {END_OF_TEXT} token; make it with `ulm tokenizer train`")
         self.eot_id: int = self.special_ids[END_OF_TEXT]
@@ -63,7 +65,9 @@ class Tokenizer:
         """The bytes that each token stands for; none for special tokens."""
         table = [b""] * self.vocab_size
         for token, index in self.inner.get_vocab(with_added_tokens=True).items():
-            if token not in self.special_ids:
+            if token in self._plain_ids:  # spelled as it is, where other tokens are in the vocabulary's own way
+                table[index] = token.encode()
+            elif token not in self.special_ids:
                 table[index] = self._coder.spell(token)
         return table
 
@@ -129,7 +133,7 @@ class Tokenizer:
         kind = kind_of(inner)
         if kind is None:
             kinds = ", ".join(KINDS)
-            raise ArtefactError(f"{folder / FILES[0]}: a foreign tokenizer; known: {kinds} of `ulm tokenizer train`")
+            raise ArtefactError(f"{folder / FILES[0]}: of no known kind, which are {kinds}")
         return cls(inner, kind, template)
 
     def save(self, root: Path) -> Path:

@@ -71,9 +71,10 @@ class Projected(nn.Module):
         self.v = nn.Linear(dims.d_model, config.num_kv_heads * dims.head_dim, bias=config.bias)
         self.out = nn.Linear(config.num_heads * dims.head_dim, dims.d_model, bias=config.bias)
         self.norms_whole = config.qk_norm == "whole"
-        num_normed = (config.num_heads, config.num_kv_heads) if self.norms_whole else (1, 1)
+        at_once = (config.num_heads, config.num_kv_heads) if self.norms_whole else (1, 1)
         self.q_norm, self.k_norm = (
-            HeadNorm(num * dims.head_dim, eps=config.qk_norm_eps) if config.qk_norm else nn.Identity() for num in num_normed
+            HeadNorm(num * dims.head_dim, eps=config.qk_norm_eps) if config.qk_norm else nn.Identity()
+            for num in at_once
         )
 
     def project(

@@ -44,7 +44,6 @@ class Config(RotaryConfig):
                 remedy = f"from {MIN_FACTOR} to {1 / MIN_FACTOR:g}; 1 leaves a pair as it is"
                 raise ConfigError(f"position.{name}", problem, remedy)
 
-
     def factors_at(self, context_tokens: int) -> Factors:
         """Those that hold for a model of this context."""
         return self.long_factors if context_tokens > self._original(context_tokens) else self.short_factors
