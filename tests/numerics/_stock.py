@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
 import ulm
+from ulm import registry
+from ulm.exchange.plain import plain
+from ulm.exchange.weights import Weights, imported
 
 VOCAB_SIZE = 97  # no multiple of 64, so that our tables have rows which no token has
 CONTEXT_TOKENS = 48
 NUM_LAYERS = 3
 STD = 0.2  # of every weight: scores of keys differ by several units, logits by more than one
-
-Weights = dict[str, Tensor]
-Names = dict[str, str]  # parts of a parameter's name, replaced one after the other
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Stock:
     config: type
     settings: dict[str, Any]
     spec: dict[str, Any]
-    ours: Callable[[Weights], Weights]
+    architecture: str  # of ulm/exchange/architectures: how its weights are stored
     text_tokens: int = 40
     decodes: bool = True  # False where a greedy text would show nothing, or outgrow the angles of its first keys
 
@@ -51,10 +49,15 @@ def drawn(model: Any) -> Any:
     return model.eval()
 
 
-def ours(spec: dict[str, Any], weights: Weights) -> Any:
+def ours(stock: Stock, spec: dict[str, Any], of: Any) -> Any:
+    """A model of a spec with the weights of theirs."""
+    rules = registry.find("architecture", stock.architecture)().rules(plain(_spec(spec)))
+    return built(spec, imported(dict(of.named_parameters()), rules, lambda name: False))
+
+
+def built(spec: dict[str, Any], weights: Weights) -> Any:
     """A model of a spec with all of its weights given; rows of a table beyond the vocabulary are NaN, to be noticed."""
-    fields = {"vocab_size": VOCAB_SIZE, "context_tokens": CONTEXT_TOKENS, "num_layers": NUM_LAYERS, **spec}
-    model = ulm.build(ulm.ModelSpec.parse(fields), seed=1).eval()
+    model = ulm.build(_spec(spec), seed=1).eval()
     parameters = dict(model.named_parameters())
     assert weights.keys() == parameters.keys()
     with torch.no_grad():
@@ -65,22 +68,6 @@ def ours(spec: dict[str, Any], weights: Weights) -> Any:
     return model
 
 
-def renamed(weights: Weights, names: Names) -> Weights:
-    """The same weights, `names` applied to each name in their order."""
-    found = {}
-    for name, weight in weights.items():
-        for theirs_, ours_ in names.items():
-            name = name.replace(theirs_, ours_)
-        found[name] = weight
-    return found
-
-
-def split(weights: Weights, fused: str, parts: dict[str, Callable[[Tensor], Tensor]]) -> Weights:
-    """Each weight whose name has `fused` in it, as the parts that it holds."""
-    found = {}
-    for name, weight in weights.items():
-        if fused in name:
-            found |= {name.replace(fused, part): take(weight) for part, take in parts.items()}
-        else:
-            found[name] = weight
-    return found
+def _spec(fields: dict[str, Any]) -> ulm.ModelSpec:
+    sizes = {"vocab_size": VOCAB_SIZE, "context_tokens": CONTEXT_TOKENS, "num_layers": NUM_LAYERS}
+    return ulm.ModelSpec.parse({**sizes, **fields})

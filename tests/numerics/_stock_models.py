@@ -1,47 +1,19 @@
-"""The architectures of transformers whose logits ours are compared with, and how their weights are called here.
-
-Weights are renamed, and changed only where the storage differs: transposed, fused, or a norm's as weight - 1.
-"""
+"""The architectures of transformers whose logits ours are compared with, and the specs of ours that are the same."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import transformers
-from torch import Tensor
 
-from tests.numerics._stock import CONTEXT_TOKENS, NUM_LAYERS, Stock, Weights, ours, renamed, split, theirs
+from tests.numerics._stock import CONTEXT_TOKENS, NUM_LAYERS, Stock, ours, theirs
 
 ORIGINAL_TOKENS, LONGER = 16, 3  # longrope and YaRN: the first context, and how many times as long the other one is
 
 
 # ---- GPT-2
-
-
-def _third(number: int) -> Callable[[Tensor], Tensor]:
-    return lambda weight: weight.chunk(3)[number]
-
-
-def gpt2(weights: Weights) -> Weights:
-    """Its projections are stored as in x out, queries, keys and values in one."""
-    turned = {name: w.T if name.endswith("weight") and ".c_" in name else w for name, w in weights.items()}
-    parts = {part: _third(number) for number, part in enumerate("qkv")}
-    names = {
-        "transformer.wte.": "embedding.",
-        "transformer.wpe.": "position.",
-        "transformer.ln_f.": "norm.",
-        "transformer.h.": "blocks.",
-        ".ln_1.": ".attention_norm.",
-        ".ln_2.": ".feedforward_norm.",
-        ".attn.": ".attention.",
-        ".mlp.": ".feedforward.",
-        ".c_fc.": ".up.",
-        ".c_proj.": ".out.",
-    }
-    return renamed(split(turned, "c_attn", parts), names)
 
 
 GPT2 = Stock(
@@ -56,32 +28,10 @@ GPT2 = Stock(
         "norm": "layernorm",
         "head": "logits",
     },
-    gpt2,
+    "gpt2",
 )
 
 # ---- Llama and Qwen3
-
-LLAMA_NAMES = {
-    "model.embed_tokens.": "embedding.",
-    "model.norm.": "norm.",
-    "model.layers.": "blocks.",
-    "lm_head.": "head.",
-    ".self_attn.": ".attention.",
-    ".mlp.": ".feedforward.",
-    "gate_proj": "gate",
-    "up_proj": "up",
-    "down_proj": "out",
-    "q_proj": "q",
-    "k_proj": "k",
-    "v_proj": "v",
-    "o_proj": "out",
-}
-NORMS_BEFORE = {".input_layernorm.": ".attention_norm.", ".post_attention_layernorm.": ".feedforward_norm."}
-
-
-def llama(weights: Weights) -> Weights:
-    """Renamed, no more."""
-    return renamed(weights, NORMS_BEFORE | LLAMA_NAMES)
 
 
 def _llama(rope: dict[str, Any], position: dict[str, Any], max_positions: int = CONTEXT_TOKENS, **more: Any) -> Stock:
@@ -106,7 +56,7 @@ def _llama(rope: dict[str, Any], position: dict[str, Any], max_positions: int = 
             "norm": {"kind": "rmsnorm", "eps": 1e-5},
             "head": "logits",
         },
-        llama,
+        "llama",
         **more,
     )
 
@@ -168,22 +118,10 @@ QWEN3 = Stock(
         "norm": "rmsnorm",
         "head": "logits",
     },
-    llama,
+    "qwen3",
 )
 
 # ---- Gemma-2
-
-
-def gemma2(weights: Weights) -> Weights:
-    """Its norms multiply by 1 + weight."""
-    whole = {name: 1 + w if "norm" in name else w for name, w in weights.items()}
-    norms = {
-        ".input_layernorm.": ".attention_norm.",
-        ".post_attention_layernorm.": ".attention_out_norm.",
-        ".pre_feedforward_layernorm.": ".feedforward_norm.",
-        ".post_feedforward_layernorm.": ".feedforward_out_norm.",
-    }
-    return renamed(whole, norms | LLAMA_NAMES)
 
 
 def _gemma2(tied: bool, **more: Any) -> Stock:
@@ -214,7 +152,7 @@ def _gemma2(tied: bool, **more: Any) -> Stock:
             "norm_placement": "around",
             "head": {"kind": "soft_cap", "cap": 5.0},
         },
-        gemma2,
+        "gemma2",
         **more,
     )
 
@@ -224,17 +162,6 @@ GEMMA2 = _gemma2(tied=True, decodes=False)
 GEMMA2_UNTIED = _gemma2(tied=False)
 
 # ---- Phi-3
-
-
-def phi3(weights: Weights) -> Weights:
-    """Queries of four heads, then keys and values of two, in one; so are the two halves of the gated layer."""
-    weights = split(
-        weights,
-        "qkv_proj",
-        {"q_proj": lambda w: w[:128], "k_proj": lambda w: w[128:192], "v_proj": lambda w: w[192:]},
-    )
-    halves = {"gate_proj": lambda w: w.chunk(2)[0], "up_proj": lambda w: w.chunk(2)[1]}
-    return llama(split(weights, "gate_up_proj", halves))
 
 
 def _phi3(num_pairs: int, position: dict[str, Any], **more: Any) -> Stock:
@@ -273,7 +200,7 @@ def _phi3(num_pairs: int, position: dict[str, Any], **more: Any) -> Stock:
         "original_max_position_embeddings": ORIGINAL_TOKENS,
         "rope_parameters": rope,
     }
-    return Stock(transformers.Phi3Config, settings, spec | more.pop("spec", {}), phi3, **more)
+    return Stock(transformers.Phi3Config, settings, spec | more.pop("spec", {}), "phi3", **more)
 
 
 PHI3_LONG = _phi3(16, {})
@@ -291,27 +218,6 @@ PHI3_SHORT = _phi3(
 # ---- Bloom
 
 
-def bloom(weights: Weights) -> Weights:
-    """Its queries, keys and values are fused head by head, 32 rows of each."""
-
-    def of_heads(number: int) -> Callable[[Tensor], Tensor]:
-        return lambda weight: weight.unflatten(0, (-1, 3, 32))[:, number].flatten(0, 1)
-
-    names = {
-        "transformer.word_embeddings_layernorm.": "embedding_norm.",
-        "transformer.word_embeddings.": "embedding.",
-        "transformer.ln_f.": "norm.",
-        "transformer.h.": "blocks.",
-        ".self_attention.": ".attention.",
-        ".mlp.": ".feedforward.",
-        ".dense_h_to_4h.": ".up.",
-        ".dense_4h_to_h.": ".out.",
-        ".dense.": ".out.",
-    }
-    parts = {part: of_heads(number) for number, part in enumerate("qkv")}
-    return renamed(split(weights, "query_key_value", parts), NORMS_BEFORE | names)
-
-
 BLOOM = Stock(
     transformers.BloomConfig,
     {"hidden_size": 96, "n_layer": NUM_LAYERS, "n_head": 3},  # three: no power of two, so not one series of slopes
@@ -325,7 +231,7 @@ BLOOM = Stock(
         "norm": "layernorm",
         "head": "logits",
     },
-    bloom,
+    "bloom",
 )
 
 STOCK = {
@@ -349,4 +255,4 @@ def pair(name: str) -> tuple[Any, Any]:
     """Their model and ours."""
     stock = STOCK[name]
     model = theirs(stock)
-    return model, ours(stock.spec, stock.ours(dict(model.named_parameters())))
+    return model, ours(stock, stock.spec, model)

@@ -150,6 +150,6 @@ def test_one_setting_that_is_not_theirs_shows_in_the_logits(change):
         below, is_same_kind = spec[slot], isinstance(fields, dict) and "kind" not in fields
         below = {"kind": below} if isinstance(below, str) else below
         spec[slot] = {**below, **fields} if is_same_kind else fields
-    model = ours(spec, stock.ours(dict(theirs.named_parameters())))
+    model = ours(stock, spec, theirs)
     tokens_BT = texts(stock.text_tokens)
     assert relative_error(model(tokens_BT), theirs(tokens_BT).logits) > RELATIVE

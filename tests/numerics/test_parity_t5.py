@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from tests.numerics._stock import CONTEXT_TOKENS, NUM_LAYERS, VOCAB_SIZE, Weights, drawn, ours, renamed
+from tests.numerics._stock import CONTEXT_TOKENS, NUM_LAYERS, VOCAB_SIZE, built, drawn
 from ulm import registry
 from ulm.components.contracts import ModelDims
+from ulm.exchange.weights import Weights
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit.script, which it calls while it is imported
@@ -79,7 +80,12 @@ def renamed_from_x_transformers(weights: Weights) -> Weights:
             f"{feedforward}1.ff.0.0.": f"blocks.{layer}.feedforward.up.",
             f"{feedforward}1.ff.2.": f"blocks.{layer}.feedforward.out.",
         }
-    return renamed(scaled, names)
+    found = {}
+    for name, weight in scaled.items():
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        found[name] = weight
+    return found
 
 
 def a_pair(max_distance: int) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -103,7 +109,7 @@ def a_pair(max_distance: int) -> tuple[torch.nn.Module, torch.nn.Module]:
         "norm": {"kind": "layernorm", "bias": False},
         "head": "logits",
     }
-    return theirs, ours(spec, renamed_from_x_transformers(dict(theirs.named_parameters())))
+    return theirs, built(spec, renamed_from_x_transformers(dict(theirs.named_parameters())))
 
 
 @torch.no_grad()
