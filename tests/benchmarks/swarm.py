@@ -43,6 +43,7 @@ MODEL = {  # of the first trial: 0.36M parameters
 }  # fmt: skip
 # With 8,192 tokens a step an expert would make 2 steps at 1 token per parameter, and 14 at 5.
 BATCH_TOKENS = {1: 1_024, 5: 2_048}
+LR, LR_OF_SMALL_BATCHES = 1.2e-2, 6e-3  # tuned on dense alone: docs/experiments.md
 MICRO_TOKENS = 5_000_000  # seed and experts; dense takes half as many: half an hour on two cores
 END_GRACE_S = 120.0  # for a training that is asked to stop to save all its runs
 
@@ -69,6 +70,7 @@ class Configuration:
     def recipe(self) -> Values:
         """What `ulm swarm train` is given."""
         batch_tokens = BATCH_TOKENS.get(self.tokens_per_parameter, 8_192)
+        lr = LR_OF_SMALL_BATCHES if self.tokens_per_parameter in BATCH_TOKENS else LR
         length = {"tokens_per_parameter": self.tokens_per_parameter}
         if self.size == "micro":
             length = {"tokens": MICRO_TOKENS}
@@ -77,8 +79,7 @@ class Configuration:
             "corpus": CORPUS["name"],
             "model": MODEL if self.size == "trial" else {"size": self.size, "context_tokens": 256},
             "train": {**length, "batch_tokens": batch_tokens, "context_tokens": 256, "seed": self.seed},
-            # tuned on dense alone: docs/experiments.md
-            "optimizer": {"kind": "adamw", "lr": 1.2e-2} if self.size == "trial" else {},
+            "optimizer": {"kind": "adamw", "lr": lr} if self.size == "trial" else {},
             "experts": self.experts,
             "seed_share": self.seed_share,
             "clustering": {"seed": self.seed},
