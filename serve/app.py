@@ -12,7 +12,8 @@ from ray.serve.schema import LoggingConfig
 
 from serve.gateway import Gateway
 from serve.member import EngineReplica
-from serve.plan import Plan
+from serve.plan import Plan, runs_alone
+from ulm import registry
 from ulm.errors import ClusterError
 from ulm.recipes.serve import ServeRecipe
 
@@ -21,18 +22,26 @@ READY_TIMEOUT_S = 30.0
 
 
 def bind(plan: Plan, recipe: ServeRecipe) -> Any:
-    """The Serve application of a plan: the gateway, with the engine inside or one engine deployment per group."""
+    """The Serve application of a plan: the gateway, with the shared engine inside or one deployment per group."""
     resources = {"num_cpus": recipe.cpus, "num_gpus": recipe.gpus}
-    if recipe.members_per_engine is None:
-        inside = Gateway.options(ray_actor_options=resources)  # type: ignore[attr-defined]  # Serve's is not typed
-        return inside.bind(plan, recipe.engine)
-    handles = [
-        EngineReplica.options(name=f"engine-{index}", ray_actor_options=resources).bind(  # type: ignore[attr-defined]
-            recipe.engine, {name: str(plan.members[name].checkpoint) for name in names}
-        )
-        for index, names in enumerate(plan.groups)
-    ]
-    return Gateway.bind(plan, recipe.engine, *handles)  # type: ignore[attr-defined]
+    engines = [_engine(index, names, plan, recipe, resources) for index, names in enumerate(plan.groups)]
+    gateway: Any = Gateway
+    if None in engines:
+        gateway = gateway.options(ray_actor_options=resources)
+    return gateway.bind(plan, recipe.engine, *engines)
+
+
+def _engine(index: int, names: tuple[str, ...], plan: Plan, recipe: ServeRecipe, resources: dict[str, float]) -> Any:
+    """The deployment of a group's engine; None for the one that the gateway runs itself."""
+    first = plan.members[names[0]]
+    if first.engine is None and recipe.members_per_engine is None:
+        return None
+    config = first.engine or recipe.engine
+    if (alone := runs_alone(config)) is not None:
+        return alone.deployment(index, names[0], first.checkpoint, registry.configure("engine", config))
+    checkpoints = {name: str(plan.members[name].checkpoint) for name in names}
+    replica: Any = EngineReplica  # Serve's decorator is not typed
+    return replica.options(name=f"engine-{index}", ray_actor_options=resources).bind(config, checkpoints)
 
 
 def check_port(host: str, port: int) -> None:

@@ -23,28 +23,23 @@ from ulm.tokenizers.tokenizer import Tokenizer
 class Gateway:
     """One catalog over all engines. The application is built in the replica, where the handles work.
 
-    Without `handles` it runs the one engine itself: a hop less, about 5 ms of a request on two cores.
+    A group without a handle has its engine here: a hop less, about 5 ms of a request on two cores.
     """
 
-    def __init__(self, plan: Plan, engine: dict[str, Any], *handles: DeploymentHandle) -> None:
+    def __init__(self, plan: Plan, engine: dict[str, Any], *handles: DeploymentHandle | None) -> None:
         self._host: EngineHost | None = None
-        # Strategies stop waiting first: they know whom else to ask.
-        engines: list[Engine] = [RemoteEngine(handle, 2 * plan.patience_s) for handle in handles]
-        if not handles:
-            checkpoints = {name: str(member.checkpoint) for name, member in plan.members.items()}
-            self._host = EngineHost(engine, checkpoints, "gateway")
-            engines = [self._host.engine]
-        # one object per engine: strategies compare it by identity
-        by_group = dict(zip(plan.groups, engines, strict=True))
+        by_member: dict[str, Engine] = {}  # one object per engine: strategies compare it by identity
+        for names, handle in zip(plan.groups, handles, strict=True):
+            if handle is None:
+                self._host = EngineHost(engine, {n: str(plan.members[n].checkpoint) for n in names}, "gateway")
+                by_member |= dict.fromkeys(names, self._host.engine)
+            else:  # strategies stop waiting first: they know whom else to ask
+                by_member |= dict.fromkeys(names, RemoteEngine(handle, 2 * plan.patience_s))
         members = {}
-        for names in plan.groups:
-            for name in names:
-                planned = plan.members[name]
-                spec = store.read_spec(planned.checkpoint)
-                tokenizer = Tokenizer.read(planned.checkpoint)
-                members[name] = Member(
-                    name, by_group[names], tokenizer, spec.context_tokens, planned.cluster, planned.domain
-                )
+        for name, planned in plan.members.items():
+            context_tokens = planned.context_tokens or store.read_spec(planned.checkpoint).context_tokens
+            tokenizer = Tokenizer.read(planned.checkpoint)
+            members[name] = Member(name, by_member[name], tokenizer, context_tokens, planned.cluster, planned.domain)
         router = Router.load(plan.router) if plan.router else None
         context = SwarmContext(router, plan.fallback, patience_s=plan.patience_s)
         self._catalog = Catalog(members, context, plan.strategy, plan.budget, plan.limits)

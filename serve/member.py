@@ -45,7 +45,7 @@ class EngineHost:
     def __init__(self, config: dict[str, Any], checkpoints: dict[str, str], role: str) -> None:
         configured = registry.configure("engine", config)
         self.engine: Engine = registry.find("engine", configured.kind)(configured)
-        self._checkpoints, self._role, self._record = checkpoints, role, recorder()
+        self._checkpoints, self._role = checkpoints, role
         self._reporting: asyncio.Task[None] | None = None
         self._loading = asyncio.Lock()
 
@@ -55,33 +55,28 @@ class EngineHost:
             if self._reporting is None:
                 for member, checkpoint in self._checkpoints.items():
                     await self.engine.load(member, checkpoint)
-                self._reporting = asyncio.create_task(self._report())
-
-    async def _report(self) -> None:
-        counted: dict[str, float] = {}
-        while True:
-            stats = await self.engine.stats()
-            for name, metric, tags in GAUGES:
-                if name in stats:
-                    self._record(metric, stats[name], {"role": self._role, **tags})
-            for name, metric, tags in COUNTERS:
-                if name in stats:
-                    self._record(metric, stats[name] - counted.get(name, 0.0), {"role": self._role, **tags})
-                    counted[name] = stats[name]
-            await asyncio.sleep(STATS_PERIOD_S)
+                self._reporting = asyncio.create_task(report(self.engine, self._role))
 
 
-@ray_serve.deployment(max_ongoing_requests=1_000, health_check_period_s=10)
-class EngineReplica:
-    """One engine and its members. The engine queues by itself, so Serve lets everything through."""
+async def report(engine: Engine, role: str) -> None:
+    """An engine's numbers as metrics, every few seconds for ever."""
+    record, counted = recorder(), dict[str, float]()
+    while True:
+        stats = await engine.stats()
+        for name, metric, tags in GAUGES:
+            if name in stats:
+                record(metric, stats[name], {"role": role, **tags})
+        for name, metric, tags in COUNTERS:
+            if name in stats:
+                record(metric, stats[name] - counted.get(name, 0.0), {"role": role, **tags})
+                counted[name] = stats[name]
+        await asyncio.sleep(STATS_PERIOD_S)
 
-    def __init__(self, config: dict[str, Any], checkpoints: dict[str, str]) -> None:
-        self._host = EngineHost(config, checkpoints, "engine")
-        self._engine = self._host.engine
 
-    async def check_health(self) -> None:
-        """Loads the members at the first call."""
-        await self._host.ready()
+class EngineCalls:
+    """What a RemoteEngine calls of a replica: an engine's methods, each as one message or as a stream."""
+
+    _engine: Engine
 
     async def members(self) -> dict[str, MemberInfo]:
         """What is loaded now."""
@@ -124,6 +119,19 @@ class EngineReplica:
     async def stats(self) -> dict[str, float]:
         """See Engine."""
         return await self._engine.stats()
+
+
+@ray_serve.deployment(max_ongoing_requests=1_000, health_check_period_s=10)
+class EngineReplica(EngineCalls):
+    """One engine and its members. The engine queues by itself, so Serve lets everything through."""
+
+    def __init__(self, config: dict[str, Any], checkpoints: dict[str, str]) -> None:
+        self._host = EngineHost(config, checkpoints, "engine")
+        self._engine = self._host.engine
+
+    async def check_health(self) -> None:
+        """Loads the members at the first call."""
+        await self._host.ready()
 
 
 class RemoteEngine:

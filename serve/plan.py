@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from serve.catalog import within
+from ulm import registry
 from ulm.checkpoints import store
 from ulm.checkpoints.manifest import read_manifest, verify
 from ulm.errors import ConfigError, did_you_mean
@@ -21,6 +22,8 @@ class PlannedMember:
     checkpoint: Path
     cluster: int | None = None
     domain: str | None = None
+    engine: dict[str, Any] | None = None  # that it has to itself; None: the recipe's
+    context_tokens: int | None = None  # that its engine allows; None: the model's
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Plan:
     """Everything the gateway and the engines need; plain values, so that it travels."""
 
     members: dict[str, PlannedMember]
-    groups: tuple[tuple[str, ...], ...]  # members that share an engine
+    groups: tuple[tuple[str, ...], ...]  # members that share an engine, then those that have one to themselves
     strategy: dict[str, Any]
     budget: Budget
     router: Path | None
@@ -65,10 +68,11 @@ def make_plan(recipe: ServeRecipe, *, root: Path, near: Path | None) -> Plan:
             for name, member in recipe.members.items()
         }
         folder, strategy, budget = None, recipe.strategy or {"kind": "single"}, recipe.budget
-    size = recipe.members_per_engine or len(members)
-    names = list(members)
-    if not names:
+    if not members:
         raise ConfigError("members", "is empty", "name at least one")
+    members = _with_engines(recipe, members, root)
+    names = [name for name, member in members.items() if member.engine is None]
+    size = recipe.members_per_engine or len(names) or 1
     fallback = recipe.fallback
     if fallback is None:
         fallback = (SEED,) if recipe.swarm is not None and SEED in members else ()
@@ -76,5 +80,37 @@ def make_plan(recipe: ServeRecipe, *, root: Path, near: Path | None) -> Plan:
         if name not in members:
             raise ConfigError(f"fallback.{number}", f"no member {name!r} is served", did_you_mean(name, members))
     within(recipe.limits, strategy)
-    groups = tuple(tuple(names[i : i + size]) for i in range(0, len(names), size))
+    groups = (
+        *(tuple(names[i : i + size]) for i in range(0, len(names), size)),
+        *((name,) for name, member in members.items() if member.engine is not None),
+    )
     return Plan(members, groups, strategy, budget, router, folder, fallback, recipe.limits, recipe.patience_s)
+
+
+def _with_engines(recipe: ServeRecipe, members: dict[str, PlannedMember], root: Path) -> dict[str, PlannedMember]:
+    """The members, with the engines that they have to themselves; ConfigError for what has no effect or cannot be."""
+    own = recipe.own_engines()
+    for name in recipe.engines:
+        if name not in members:
+            raise ConfigError(f"engines.{name}", f"no member {name!r} is served", did_you_mean(name, members))
+    if runs_alone(recipe.engine) is not None:
+        own = {name: ("engine", recipe.engine) for name in members} | own
+    if len(own) == len(members):
+        for field in ("members_per_engine", "cpus", "gpus"):
+            if field in recipe.model_fields_set:
+                problem = "has no effect: every member has an engine to itself"
+                raise ConfigError(field, problem, "leave it out; the engine has its own settings")
+    return {name: _with_engine(member, *own[name], root) if name in own else member for name, member in members.items()}
+
+
+def _with_engine(member: PlannedMember, place: str, engine: dict[str, Any], root: Path) -> PlannedMember:
+    if (alone := runs_alone(engine)) is None:
+        return replace(member, engine=engine)
+    config = alone.settled(registry.configure("engine", engine), member.checkpoint, root, place)
+    return replace(member, engine=config.model_dump(), context_tokens=config.context_tokens)
+
+
+def runs_alone(engine: dict[str, Any]) -> Any:
+    """The class of an engine that runs one member in a deployment that it brings itself; None of any other."""
+    cls = registry.find("engine", engine["kind"])
+    return cls if hasattr(cls, "deployment") else None

@@ -73,6 +73,22 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
+def new_file(place: Path) -> Iterator[Path]:
+    """A path to write at; the file appears at `place`, whole and synced, when the block ends without an error."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{place.name}.", suffix=PARTIAL, dir=place.parent)
+    os.close(handle)
+    try:
+        yield Path(name)
+        _sync(Path(name))
+        os.chmod(name, 0o644)  # mkstemp makes 0600
+        os.replace(name, place)
+    finally:
+        Path(name).unlink(missing_ok=True)
+    _sync(place.parent)
+
+
+@contextmanager
 def new_folder(place: Path) -> Iterator[Path]:
     """A folder to fill; it appears at `place`, whole and synced, when the block ends without an error.
 

@@ -22,7 +22,7 @@ from ulm.errors import ArtefactError
 
 LEFTOVER_S = 3_600.0  # a `.partial` that has not changed for so long has no writer
 BUILD, LOCK = "build.*" + artefacts.PARTIAL, "lock"  # a corpus being built, and the file that its builder holds
-PLACES = ("corpora", "tokenizers", "runs", "models", "swarms")
+PLACES = ("corpora", "tokenizers", "runs", "models", "swarms", "exports")
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
@@ -56,6 +56,9 @@ def survey(root: Path) -> Survey:
         used = _used(root, corpora)
         found += [_unused(p, "used by no name, run, model, swarm or corpus") for p in corpora if p.name not in used]
         found += [_unused(p, "used by no name, corpus, model or swarm") for p in tokenizers if p.name not in used]
+        # A checkpoint outside the root is not known here: an engine that is started again makes its folder anew.
+        exports = [p for p in _folders(root / "exports") if p.name.partition("-")[0] not in used]
+        found += [_unused(p, "exported from a checkpoint that no run, model or swarm has") for p in exports]
     kept = {*corpora, *tokenizers} - {unused.path for unused in found}
     return Survey(found, len(kept))
 
@@ -108,9 +111,15 @@ def _unused(path: Path, why: str) -> Unused:
 
 def _artefacts(folder: Path) -> list[Path]:
     """Folders named by a digest, by name; none where the folder or an entry is a link."""
+    return [path for path in _folders(folder) if _DIGEST.fullmatch(path.name)]
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The whole folders in a folder, by name, but no links."""
     if folder.is_symlink() or not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if _DIGEST.fullmatch(p.name) and p.is_dir() and not p.is_symlink())
+    whole = (path for path in folder.iterdir() if not path.name.endswith(artefacts.PARTIAL))
+    return sorted(path for path in whole if path.is_dir() and not path.is_symlink())
 
 
 def _used(root: Path, corpora: list[Path]) -> set[str]:

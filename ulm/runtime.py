@@ -71,6 +71,20 @@ def rss_bytes() -> int:
         return peak_rss_bytes()
 
 
+def tree_rss_bytes() -> int:
+    """Resident memory of this process and of all below it; pages that they share count for each."""
+    total, open_ = 0, [os.getpid()]
+    while open_:
+        pid = open_.pop()
+        try:
+            total += int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                open_ += [int(child) for child in (task / "children").read_text(encoding="ascii").split()]
+        except OSError:  # it has ended meanwhile
+            continue
+    return total or rss_bytes()
+
+
 def free_bytes(where: torch.device) -> int:
     """Memory of a device that could be allocated now; of a CPU without /proc a GiB is assumed."""
     import torch
@@ -188,6 +202,11 @@ def can_compile(where: torch.device) -> bool:
         compilers = [os.environ["CC"]] if os.environ.get("CC") else ["clang", "gcc"]
         return util.find_spec("triton") is not None and any(shutil.which(compiler) for compiler in compilers)
     return where.type == "cpu" and shutil.which(os.environ.get("CXX") or "g++") is not None
+
+
+def has_vllm() -> bool:
+    """Whether vLLM is installed, for GPUs or for CPUs; it is not imported."""
+    return util.find_spec("vllm") is not None
 
 
 def gpu_bytes() -> int:

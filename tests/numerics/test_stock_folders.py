@@ -17,6 +17,7 @@ import ulm
 from tests.numerics._stock import drawn
 from tests.trained import equal_until_a_tie
 from tests.variants import model_of
+from ulm import artefacts
 from ulm.checkpoints.manifest import read_manifest
 from ulm.cli.main import app
 from ulm.errors import ArtefactError, ConfigError, UnsupportedError
@@ -380,3 +381,4 @@ def test_the_command_line_exports_and_imports(nano, tmp_path, monkeypatch):
         said = run("import", str(tmp_path / folder))
         assert (said["name"], said["architecture"]) == (folder, architecture)
         assert run("generate", folder, "x", "--max-tokens", "3")["tokens"]
+        assert artefacts.names(tmp_path / "tokenizers" / "names")[folder].name == BYTES.digest

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from serve.plan import make_plan
+from tests.small_members import small_member
+from ulm import registry, runtime
+from ulm.checkpoints.manifest import read_manifest
 from ulm.errors import ArtefactError, ConfigError
 from ulm.recipes import ServeRecipe
 from ulm.recipes.base import validate
@@ -26,6 +30,71 @@ def test_a_swarm_gives_members_with_clusters_router_and_strategy(swarm: Swarm, r
     assert plan.groups == (("e00", "e01", "e02", "seed"),)
     apart = make_plan(recipe(swarm=str(swarm.folder), members_per_engine=3), root=root, near=None)
     assert apart.groups == (("e00", "e01", "e02"), ("seed",))
+
+
+BY_VLLM = {"kind": "vllm", "cpus": 0.5, "max_answers": 8}
+
+
+def with_vllm(monkeypatch: pytest.MonkeyPatch, is_there: bool = True) -> None:
+    monkeypatch.setattr(runtime, "has_vllm", lambda: is_there)
+
+
+def test_a_member_by_vllm_has_an_engine_to_itself_with_nothing_left_open(
+    swarm: Swarm, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_vllm(monkeypatch)
+    by_vllm = {**BY_VLLM, "context_tokens": 64}
+    plan = make_plan(recipe(swarm=str(swarm.folder), engines={"e01": by_vllm}), root=root, near=None)
+    assert plan.groups == (("e00", "e02", "seed"), ("e01",)) and list(plan.members) == ["e00", "e01", "e02", "seed"]
+    member = plan.members["e01"]
+    assert member.engine is not None and member.context_tokens == 64 and plan.members["e00"].engine is None
+    config = registry.configure("engine", member.engine)
+    assert (config.dtype, config.cpus, config.context_tokens) == ("float32", 0.5, 64)  # type: ignore[attr-defined]
+    (folder,) = (root / "exports").iterdir()
+    assert folder.name == f"{read_manifest(member.checkpoint).digest}-float32" and (folder / "config.json").is_file()
+
+
+def test_members_say_their_engine_themselves_and_one_for_all_is_each_members_own(
+    swarm: Swarm, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_vllm(monkeypatch)
+    a, b = ({"checkpoint": str(swarm.checkpoint(name))} for name in ("e00", "e01"))
+    members = {"a": a, "b": {**b, "engine": BY_VLLM}, "c": {**b, "engine": {"kind": "local", "dtype": "bfloat16"}}}
+    plan = make_plan(recipe(members=members), root=root, near=None)
+    assert plan.groups == (("a",), ("b",), ("c",))
+    assert [m.engine and m.engine["kind"] for m in plan.members.values()] == [None, "vllm", "local"]
+    every = make_plan(recipe(members={"a": a, "b": b}, engine=BY_VLLM), root=root, near=None)
+    assert every.groups == (("a",), ("b",))
+    assert [m.engine and m.engine["kind"] for m in every.members.values()] == ["vllm", "vllm"]
+
+
+def test_what_a_vllm_member_cannot_have_is_said_by_place_before_anything_starts(
+    swarm: Swarm, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan(**fields: object) -> None:
+        make_plan(recipe(**fields), root=root, near=None)
+
+    of_swarm: dict[str, Any] = {"swarm": str(swarm.folder)}
+    with_vllm(monkeypatch, is_there=False)
+    with pytest.raises(ConfigError, match=r"engines\.e01\.kind: vllm is not installed here \(`make setup` installs it"):
+        plan(**of_swarm, engines={"e01": BY_VLLM})
+    with_vllm(monkeypatch)
+    with pytest.raises(ConfigError, match=r"engines\.e07: no member 'e07' is served \(did you mean"):
+        plan(**of_swarm, engines={"e07": BY_VLLM})
+    with pytest.raises(ConfigError, match=r"engines\.e01\.kv_cache_bytes: 4,096 bytes; one text of 96 tokens .* needs"):
+        plan(**of_swarm, engines={"e01": {**BY_VLLM, "kv_cache_bytes": 4_096}})
+    with pytest.raises(ConfigError, match=r"members\.a\.engine\.cpu: unknown key \(did you mean 'cpus'"):
+        recipe(members={"a": {"checkpoint": "x", "engine": {"kind": "vllm", "cpu": 1}}})
+    with pytest.raises(ConfigError, match=r"engines: is for the members of a swarm \(write it to the member"):
+        recipe(members={"a": {"checkpoint": "x"}}, engines={"a": BY_VLLM})
+    for field in ({"members_per_engine": 1}, {"cpus": 2}, {"gpus": 1}):
+        with pytest.raises(ConfigError, match=rf"{next(iter(field))}: has no effect: every member has an engine"):
+            plan(**of_swarm, engine=BY_VLLM, **field)
+    small_member(tmp_path, attention="linear")
+    with pytest.raises(
+        ConfigError, match=r"members\.a\.engine\.kind: vllm cannot run .*linear.*\(take \{kind: local\}\)"
+    ):
+        plan(members={"a": {"checkpoint": str(tmp_path / "member-0"), "engine": BY_VLLM}})
 
 
 def test_the_seed_stands_in_for_others_unless_the_recipe_names_who_does(swarm: Swarm, root: Path) -> None:

@@ -124,6 +124,15 @@ def test_a_corpus_without_a_name_stays_while_something_uses_it(root: Path, use: 
     assert unused(root) == set()
 
 
+def test_what_was_exported_for_an_engine_goes_with_its_checkpoint(root: Path) -> None:
+    kept, gone = "ab" * 32, "cd" * 32
+    for name in (f"{kept}-float32", f"{gone}-float32", f"{gone}-bfloat16"):
+        artefacts.write_text(root / "exports" / name / "config.json", "{}")
+    use_checkpoint(root, kept)
+    assert unused(root) == {f"exports/{gone}-bfloat16", f"exports/{gone}-float32"}
+    assert len(gc("--yes")["removed"]) == 2 and (root / "exports" / f"{kept}-float32" / "config.json").is_file()
+
+
 def test_a_corpus_that_only_an_unused_one_extends_goes_with_it(root: Path) -> None:
     base, top = corpus(root, "base", named=False), corpus(root, "top", named=False)
     artefacts.write_json(top.folder / "manifest.json", {**top.manifest, "base": {"digest": base.digest}})

@@ -25,7 +25,7 @@ def gc(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be removed.")] = False,
 ) -> None:
-    """Remove what nothing points to: corpora and tokenizers without a use, and what stopped writers left.
+    """Remove what nothing points to: corpora, tokenizers and exports without a use, and what stopped writers left.
 
     Shows it first and asks; without a terminal it removes only with --yes. Example: ulm gc --dry-run
     """

@@ -57,7 +57,7 @@ class Imported:
 
 
 def import_hf(source: Path | str, *, root: Path, name: str, context_tokens: int | None = None) -> Imported:
-    """A checkpoint under runs/<name>, and its name under models/, of a folder with config.json and safetensors.
+    """A checkpoint under runs/<name>, its name under models/ and its tokenizer's, of a folder of transformers.
 
     `context_tokens` gives it a shorter context than the folder's. ConfigError for a setting that ours has no word for
     and for a name that is taken, ArtefactError for files that are missing, damaged or of another model.
@@ -88,6 +88,7 @@ def import_hf(source: Path | str, *, root: Path, name: str, context_tokens: int 
     with artefacts.shared_lock(root):  # so that `ulm gc` never sees it without its name
         store.write(store.snapshot(model, tokenizer, copy=False), step)
         artefacts.point(root / "models" / name, step)
+        artefacts.point(root / "tokenizers" / "names" / name, tokenizer.save(root))  # corpora for it are built with it
     return Imported(step, read_manifest(step).digest, architecture, spec, notes)
 
 

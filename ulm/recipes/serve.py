@@ -6,6 +6,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from ulm.errors import ConfigError
 from ulm.recipes.base import Name, Recipe, Section
 from ulm.registry import configure
 
@@ -40,6 +41,7 @@ class MemberSection(Section):
     """One served model."""
 
     checkpoint: str  # a step directory, a run or a name under models/
+    engine: dict[str, Any] | None = None  # of its own, with the kind; None: the recipe's
 
 
 class ServeRecipe(Recipe):
@@ -49,6 +51,7 @@ class ServeRecipe(Recipe):
     members: dict[MemberId, MemberSection] = {}
     strategy: dict[str, Any] | None = None  # None: the swarm's own, else single
     engine: dict[str, Any] = {"kind": "local"}
+    engines: dict[MemberId, dict[str, Any]] = {}  # of the swarm's members that have one of their own
     members_per_engine: int | None = Field(None, ge=1)  # engines in processes of their own; None: one in the gateway's
     budget: Budget = Budget()
     limits: Limits = Limits()
@@ -57,7 +60,7 @@ class ServeRecipe(Recipe):
     patience_s: float = Field(PATIENCE_S, gt=0)  # a member that says nothing for so long is passed over
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65_535)
-    cpus: float = Field(1.0, gt=0)  # of each engine replica
+    cpus: float = Field(1.0, gt=0)  # of each engine replica; vllm engines say their own
     gpus: float = Field(0.0, ge=0)
 
     @field_validator("strategy", "engine", mode="before")
@@ -71,4 +74,27 @@ class ServeRecipe(Recipe):
     def _something_to_serve(self) -> Self:
         if (self.swarm is None) == (not self.members):
             raise ValueError("give either swarm or members")
+        if self.members and self.engines:
+            problem = "is for the members of a swarm"
+            raise ConfigError("engines", problem, "write it to the member: members: {a: {checkpoint: …, engine: {…}}}")
+        for place, engine in self.own_engines().values():
+            _check_engine(place, engine)
         return self
+
+    def own_engines(self) -> dict[str, tuple[str, dict[str, Any]]]:
+        """Members with an engine of their own: where the recipe says so, and what."""
+        of_members = {
+            name: (f"members.{name}.engine", member.engine)
+            for name, member in self.members.items()
+            if member.engine is not None
+        }
+        return of_members | {name: (f"engines.{name}", engine) for name, engine in self.engines.items()}
+
+
+def _check_engine(place: str, engine: dict[str, Any]) -> None:
+    """ConfigError with the full place for settings that their kind does not have."""
+    try:
+        configure("engine", engine)
+    except ConfigError as error:
+        within = error.place.removeprefix("engine")
+        raise type(error)(place + within, error.problem, error.remedy) from None

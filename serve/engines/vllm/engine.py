@@ -1,0 +1,395 @@
+"""One member in vLLM, as an Engine: what is asked is checked here, what comes back becomes our chunks.
+
+Text is decoded by the member's own tokenizer, token by token, so that stop strings and characters that lie across
+tokens are what they are in every engine. Log-probabilities are the model's own: nothing penalised or cut.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from serve.contracts import GenerateRequest, MemberInfo, TokenChunk, TokenLogprob
+from serve.engines.vllm.arguments import arguments_of, looking, reading
+from serve.engines.vllm.client import Client
+from serve.engines.vllm.folder import dtype_of, exported
+from serve.engines.vllm.settings import Config, settle
+from ulm import runtime
+from ulm.checkpoints import store
+from ulm.checkpoints.manifest import read_manifest
+from ulm.errors import ConfigError, ModelNotFoundError, OverloadedError, RequestError, UlmError, UnsupportedError
+from ulm.models.account import num_parameters, on_meta
+from ulm.models.generate import room
+from ulm.models.text_stream import TextStream
+from ulm.registry import register
+from ulm.spec import ModelSpec
+from ulm.tokenizers.tokenizer import Tokenizer
+
+PRIORITY_MS = 10_000  # a unit of priority is worth so much waiting, as in the local engine
+# With so many answers open, one token more comes in a piece: each piece is a message of 0.7 ms through Ray Serve, and
+# at 32 answers they would cost more than the model. The first token is never held back.
+STREAMS_A_TOKEN = 8
+LATE = "ended by its deadline"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a member is made from."""
+
+    path: Path
+    spec: ModelSpec
+    tokenizer: Tokenizer
+    digest: str
+
+    @classmethod
+    def read(cls, checkpoint: str) -> Source:
+        """All of a checkpoint but its weights."""
+        path = store.resolve(checkpoint, root=runtime.root())
+        return cls(path, store.read_spec(path), store.read_tokenizer(path), read_manifest(path).digest)
+
+
+@dataclass
+class _Choice:
+    """One continuation, and what of it was not sent yet."""
+
+    index: int
+    stream: TextStream
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    num_tokens: int = 0
+    logprob_sum: float = 0.0
+    is_sent: bool = False  # its end, too
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is something to send."""
+        return bool(self.text or self.tokens or (self.finish_reason and not self.is_sent))
+
+    def end(self, reason: str) -> None:
+        """No more tokens come."""
+        self.finish_reason = reason
+        self.text += self.stream.finish()
+
+    def take_chunk(self, index: int) -> TokenChunk:
+        """All that was not sent yet."""
+        chunk = TokenChunk(self.text, tuple(self.tokens), tuple(self.logprobs), self.finish_reason, index=index)
+        self.text, self.tokens, self.logprobs, self.is_sent = "", [], [], self.finish_reason is not None
+        return chunk
+
+
+@register("engine", Config)
+class VllmEngine:
+    """One member; `config` has nothing left open. The client's processes are made by the replica (server.py).
+
+    `root` is where what it exports for a reload is kept.
+    """
+
+    @staticmethod
+    def settled(config: Config, checkpoint: Path, root: Path, place: str) -> Config:
+        """The settings with nothing left open, and the folder that vLLM reads is there.
+
+        ConfigError for what cannot be; `place` is where the recipe has the settings.
+        """
+        config = settle(config, store.read_spec(checkpoint), dtype_of(checkpoint), place)
+        try:
+            exported(checkpoint, config.dtype, root)
+        except UnsupportedError as error:
+            raise ConfigError(f"{place}.kind", f"vllm cannot run {checkpoint}: {error}", "take {kind: local}") from None
+        return config
+
+    @staticmethod
+    def deployment(number: int, member: str, checkpoint: Path, config: Config) -> Any:
+        """The Serve deployment that runs a member. Ray must be initialised."""
+        from serve.engines.vllm.server import build
+
+        return build(number, member, checkpoint, config)
+
+    def __init__(self, config: Config, member: str, source: Source, client: Client, root: Path) -> None:
+        assert config.context_tokens is not None and config.kv_cache_bytes is not None, "not settled"
+        self._config, self._member, self._source, self._client, self._root = config, member, source, client, root
+        self._context_tokens, self._kv_cache_bytes = config.context_tokens, config.kv_cache_bytes
+        self._num_parameters = num_parameters(on_meta(source.spec))
+        self._num_open = 0  # choices asked of vLLM
+        self._num_generated = self._num_prompt = self._num_shared = 0  # tokens
+        self._is_closed = False
+        self._reloading = asyncio.Lock()
+
+    # ---- members
+
+    async def members(self) -> dict[str, MemberInfo]:
+        """The one member."""
+        return {self._member: self._info()}
+
+    def _info(self) -> MemberInfo:
+        source = self._source
+        return MemberInfo(
+            str(source.path), source.digest, self._context_tokens, source.spec.vocab_size, self._num_parameters
+        )
+
+    async def load(self, member: str, checkpoint: str) -> MemberInfo:
+        """The same as `reload`, for the member that is there."""
+        if member != self._member:
+            problem = f"this vllm engine runs {self._member!r} alone; add {member!r} to the recipe"
+            raise UnsupportedError(f"load: {problem}")
+        return await self.reload(member, checkpoint)
+
+    async def unload(self, member: str) -> None:
+        """UnsupportedError: vLLM's processes hold one member for their whole life."""
+        self._check_member(member)
+        raise UnsupportedError(f"unload: a vllm engine is its member; serve without {member!r} instead")
+
+    async def reload(self, member: str, checkpoint: str) -> MemberInfo:
+        """New weights for the member; answers under way go on with the old ones. ConfigError for another shape."""
+        self._check_member(member)
+        if self._config.max_replicas > 1:
+            problem = "its replicas would answer with different weights while it goes on"
+            raise UnsupportedError(f"reload: {member!r} has up to {self._config.max_replicas} replicas, and {problem}")
+        async with self._reloading:
+            source = await asyncio.to_thread(Source.read, checkpoint)
+            remedy = "serve it under another name"
+            if source.spec != self._source.spec:
+                problem = f"{checkpoint} has another spec than member {member!r}, which is from {self._source.path}"
+                raise ConfigError("reload", problem, remedy)
+            if source.tokenizer.digest != self._source.tokenizer.digest:
+                raise ConfigError("reload", f"{checkpoint} has another tokenizer than member {member!r}", remedy)
+            folder = await asyncio.to_thread(exported, source.path, self._config.dtype, self._root)
+            await self._client.reload(folder)
+            self._source = source
+            return self._info()
+
+    def _check_member(self, member: str) -> None:
+        if self._is_closed:
+            raise UlmError("the engine was closed")
+        if member != self._member:
+            raise ModelNotFoundError(f"The engine has no member {member!r}", code="model_not_found")
+
+    # ---- answers
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
+        """Chunks of an answer; closing the iterator cancels it."""
+        request.check()
+        for member in sorted(name for name, weight in request.weights.items() if weight > 0):
+            self._check_member(member)
+        self._check_tokens(request.tokens, "prompt")
+        self._check_tokens(request.generated, "generated")
+        tokenizer = self._source.tokenizer
+        request.sampling.check(tokenizer.vocab_size)
+        text = _echo(request, tokenizer)
+        if request.max_tokens == 0:
+            room(len(request.tokens) - 1, self._context_tokens)
+            entries = await self._entries(request.tokens, request.prompt_logprobs)
+            for index in range(request.n):
+                yield TokenChunk(text, (), (), "length", None, index, () if index else entries)
+            return
+        known = (*request.tokens, *request.generated)
+        max_tokens = min(request.max_tokens, room(len(known), self._context_tokens))
+        choices = [_Choice(index, _stream(request, tokenizer), text) for index in range(request.num_choices)]
+        arguments = arguments_of(request, max_tokens, tokenizer.eot_id)
+        async with aclosing(self._asked(known, arguments, request.priority)) as outputs:
+            async with aclosing(self._chunks(request, choices, outputs)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+
+    async def _chunks(
+        self, request: GenerateRequest, choices: list[_Choice], outputs: AsyncGenerator[Any, None]
+    ) -> AsyncGenerator[TokenChunk, None]:
+        """What vLLM brings, as it comes or, where nobody reads along, at the end; a deadline ends what there is."""
+        due_s = math.inf if request.deadline_s is None else _now_s() + request.deadline_s
+        prompt: tuple[TokenLogprob, ...] = ()
+        degraded: str | None = None
+        while any(choice.finish_reason is None for choice in choices):
+            try:
+                async with asyncio.timeout(None if due_s == math.inf else max(0.0, due_s - _now_s())) as limit:
+                    output = await anext(outputs, None)
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                degraded = LATE
+                for choice in choices:
+                    if choice.finish_reason is None:
+                        choice.end("length")
+                break
+            if output is None:
+                raise UlmError("vLLM ended an answer without saying so")
+            if request.prompt_logprobs is not None and output.prompt_logprobs:
+                found = output.prompt_logprobs[1:]
+                prompt = _entries_of(request.tokens[1:], found, request.prompt_logprobs)
+            touched = [choices[completion.index] for completion in output.outputs]
+            for choice, completion in zip(touched, output.outputs, strict=True):
+                self._take(choice, completion, request.num_top_logprobs)
+            if request.stream and any(choice.finish_reason is None for choice in choices):
+                for choice in touched:
+                    if choice.has_news:
+                        yield replace(choice.take_chunk(choice.index), prompt_logprobs=prompt)
+                        prompt = ()
+            if output.finished:
+                await anext(outputs, None)  # to its end: closed before, vLLM would be told to abort it
+        rest = [(index, c) for index, c in enumerate(_best(choices, request.n)) if c.has_news]
+        for index, choice in rest:
+            remark = degraded if choice is rest[-1][1] else None
+            yield replace(choice.take_chunk(index), prompt_logprobs=prompt, degraded=remark)
+            prompt = ()
+
+    def _take(self, choice: _Choice, completion: Any, num_top: int | None) -> None:
+        """What came of a choice, up to its end."""
+        if choice.finish_reason is not None:  # by a stop string: vLLM goes on until all choices have ended
+            return
+        for place, token in enumerate(completion.token_ids):
+            if token == self._source.tokenizer.eot_id:
+                break
+            choice.tokens.append(token)
+            choice.num_tokens += 1
+            self._num_generated += 1
+            if completion.logprobs is not None:
+                entry = _entry(token, completion.logprobs[place], num_top or 0)
+                choice.logprob_sum += entry.logprob
+                if num_top is not None:
+                    choice.logprobs.append(entry)
+            choice.text += choice.stream.push(token)
+            if choice.stream.stopped:
+                choice.finish_reason = "stop"
+                return
+        if completion.finish_reason in ("stop", "length"):
+            choice.end(completion.finish_reason)
+        elif completion.finish_reason is not None:
+            raise UlmError(f"vLLM ended an answer by {completion.finish_reason}")
+
+    async def _asked(
+        self, tokens: Sequence[int], arguments: Mapping[str, Any], priority: int = 0
+    ) -> AsyncGenerator[Any, None]:
+        """vLLM's outputs; refused where too many are waiting."""
+        num_choices = int(arguments.get("n", 1))
+        if self._num_open >= self._config.max_answers + self._config.max_waiting:
+            waiting = f"{self._num_open - self._config.max_answers:,} answers are waiting already"
+            raise OverloadedError(f"{waiting}: ask again later", code="overloaded")
+        if arguments["output_kind"] == "DELTA":
+            arguments = {**arguments, "stream_interval": 1 + self._num_open // STREAMS_A_TOKEN}
+        self._num_open += num_choices
+        is_new = True
+        try:
+            due_ms = int(1e3 * time.monotonic()) - PRIORITY_MS * priority  # whose comes first, goes first
+            async with aclosing(self._client.generate(tokens, arguments, due_ms)) as outputs:
+                async for output in outputs:
+                    if is_new:
+                        self._num_prompt += len(tokens)
+                        self._num_shared += output.num_cached_tokens or 0
+                        is_new = False
+                    yield output
+        finally:
+            self._num_open -= num_choices
+
+    async def _one(self, tokens: Sequence[int], arguments: Mapping[str, Any]) -> Any:
+        """The one output of a request that brings one."""
+        async with aclosing(self._asked(tokens, arguments)) as outputs:
+            found = [output async for output in outputs]
+        if not found:
+            raise UlmError("vLLM gave no answer")
+        return found[-1]
+
+    async def _entries(self, tokens: Sequence[int], num_top: int | None) -> tuple[TokenLogprob, ...]:
+        """The log-probabilities of all tokens but the first."""
+        if num_top is None or len(tokens) < 2:
+            return ()
+        output = await self._one(*reading(tokens, num_top))
+        return _entries_of(tokens[1:], [*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]], num_top)
+
+    async def score(self, member: str, tokens: Sequence[int]) -> list[float]:
+        """log p(tokens[i] | tokens[:i]) for i >= 1, in nats."""
+        self._check_asked(member, tokens)
+        room(len(tokens) - 1, self._context_tokens)
+        return [entry.logprob for entry in await self._entries(tuple(tokens), 0)]
+
+    async def next_logprobs(self, member: str, tokens: Sequence[int]) -> np.ndarray:
+        """float32 log-probabilities of the whole vocabulary after `tokens`, by vLLM's prefix cache.
+
+        ContextLengthError for a text that fills the context: to vLLM there is no place after it.
+        """
+        self._check_asked(member, tokens)
+        room(len(tokens), self._context_tokens)
+        found = (await self._one(tokens, looking())).outputs[0].logprobs
+        logprobs_V = np.full(self._source.tokenizer.vocab_size, -np.inf, dtype=np.float32)
+        logprobs_V[found.token_ids] = found.logprobs
+        return logprobs_V
+
+    async def embed(self, member: str, tokens: Sequence[int]) -> np.ndarray:
+        """UnsupportedError: vLLM either generates or embeds."""
+        self._check_asked(member, tokens)
+        raise UnsupportedError("embed: the vllm engine does not; a member of the local engine does")
+
+    def _check_asked(self, member: str, tokens: Sequence[int]) -> None:
+        self._check_member(member)
+        GenerateRequest(tuple(tokens), {member: 1.0}, 1).check()
+        self._check_tokens(tokens, "prompt")
+
+    def _check_tokens(self, tokens: Sequence[int], name: str) -> None:
+        vocab_size = self._source.tokenizer.vocab_size
+        wrong = next((token for token in tokens if not 0 <= token < vocab_size), None)
+        if wrong is not None:
+            sizes = f"the vocabulary has {vocab_size}, from 0 on"
+            raise RequestError(f"{name}: there is no token {wrong}: {sizes}", param=name)
+
+    async def stats(self) -> dict[str, float]:
+        """Choices running and waiting, tokens, memory of the replica and of vLLM's processes below it."""
+        running = min(self._num_open, self._config.max_answers)
+        return {
+            "running": float(running),
+            "waiting": float(self._num_open - running),
+            "generated_tokens": float(self._num_generated),
+            "prompt_tokens": float(self._num_prompt),
+            "shared_prompt_tokens": float(self._num_shared),
+            "members": 1.0,
+            "kv_cache_bytes": float(self._kv_cache_bytes),
+            "resident_bytes": float(runtime.tree_rss_bytes()),
+        }
+
+    async def close(self) -> None:
+        """End vLLM's processes; answers under way fail."""
+        self._is_closed = True
+        await asyncio.to_thread(self._client.close)
+
+
+def _stream(request: GenerateRequest, tokenizer: Tokenizer) -> TextStream:
+    """The text of an answer; what was sent of it before belongs to nobody, what was held back to what follows."""
+    stream = TextStream(tokenizer, request.stop)
+    for token in request.generated:
+        stream.push(token)
+    if stream.stopped:
+        raise RequestError("generated: this answer has ended, with a stop string", param="generated")
+    return stream
+
+
+def _echo(request: GenerateRequest, tokenizer: Tokenizer) -> str:
+    tokens = request.tokens
+    return tokenizer.decode(tokens[1:] if tokens[0] == tokenizer.eot_id else tokens) if request.echo else ""
+
+
+def _entry(token: int, found: Mapping[int, Any], num_top: int) -> TokenLogprob:
+    """A token's entry, from vLLM's mapping of it and the likeliest tokens; of equal ones the lower id comes first."""
+    top = sorted(((id_, at.logprob) for id_, at in found.items()), key=lambda pair: (-pair[1], pair[0]))
+    return TokenLogprob(token, found[token].logprob, tuple(top[:num_top]))
+
+
+def _entries_of(tokens: Sequence[int], found: Sequence[Any], num_top: int) -> tuple[TokenLogprob, ...]:
+    return tuple(_entry(token, at, num_top) for token, at in zip(tokens, found, strict=True))
+
+
+def _best(choices: list[_Choice], n: int) -> list[_Choice]:
+    """The choices to give: all, or of more than n those whose tokens are likeliest on average, likeliest first."""
+    if len(choices) <= n:
+        return choices
+    ranked = sorted(choices, key=lambda c: (-c.logprob_sum / max(1, c.num_tokens), c.index))
+    return ranked[:n]
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()
