@@ -20,13 +20,13 @@ from ulm.spec import ModelSpec
 from ulm.tokenizers.tokenizer import Tokenizer
 
 CODE = Path(__file__).parent / "carried"
-CODE_FILES = ("configuration_ulm.py", "modeling_ulm.py")
+CODE_FILES = ("configuration_ulm.py", "positions_ulm.py", "attention_ulm.py", "layers_ulm.py", "modeling_ulm.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_ulm.UlmConfig",
     "AutoModel": "modeling_ulm.UlmModel",  # vLLM's transformers backend asks for it
     "AutoModelForCausalLM": "modeling_ulm.UlmForCausalLM",
 }
-# What modeling_ulm.py computes, by slot.
+# What the code computes, by slot.
 CARRIED = {
     "embedding": {"token", "value"},
     "position": {"none", "learned", "sinusoidal", "rope", "longrope", "alibi", "t5"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from itertools import cycle, islice
 from typing import Any
 
@@ -10,13 +11,13 @@ from transformers import PreTrainedConfig
 LAYER_SLOTS = ("position", "attention", "feedforward", "norm", "norm_placement")
 
 
-class UlmConfig(PreTrainedConfig):  # type: ignore[misc]  # Any, where transformers is not looked at
+class UlmConfig(PreTrainedConfig):
     """`spec` says what the model is; what stands beside it repeats a part of that for tools that read no spec."""
 
     model_type = "ulm"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  # a plain list is the base's form
+    keys_to_ignore_at_inference = ["past_key_values"]  # a plain list is the base's form
 
-    spec: dict[str, Any] | None = None
+    spec: dict[str, Any] = field(default_factory=dict)
     vocab_size: int = 8_192
     hidden_size: int = 96
     intermediate_size: int = 256
@@ -38,7 +39,6 @@ class UlmConfig(PreTrainedConfig):  # type: ignore[misc]  # Any, where transform
     @property
     def blocks(self) -> list[dict[str, Any]]:
         """What each block of weights is made of, first to last: the spec's pattern again and again, or its slots."""
-        assert self.spec is not None
         usual = {slot: self.spec[slot] for slot in LAYER_SLOTS}
         pattern = [{**usual, **entry} for entry in self.spec["blocks"] for _ in range(entry["repeat"])] or [usual]
         return list(islice(cycle(pattern), self.num_hidden_layers // self.layers_per_block))
@@ -46,5 +46,4 @@ class UlmConfig(PreTrainedConfig):  # type: ignore[misc]  # Any, where transform
     @property
     def layers_per_block(self) -> int:
         """Layers in a row that share one block's weights."""
-        assert self.spec is not None
         return int(self.spec["layers_per_block"])

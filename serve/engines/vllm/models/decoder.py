@@ -39,7 +39,6 @@ from ulm.exchange.own import vllm_refusals
 from ulm.models.account import on_meta
 from ulm.spec import ModelSpec
 
-
 # Names in a folder, as patterns, and what stands there here, one after the other.
 PLACES = {
     r"^model\.embedding\.weight$": "model.embedding.table.weight",
