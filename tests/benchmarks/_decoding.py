@@ -52,7 +52,7 @@ def make_models(place: Path) -> None:
     import torch
 
     import ulm
-    from ulm.checkpoints.export import export_hf
+    from ulm.exchange.hf import export_hf
     from ulm.tokenizers.bpe import train_bpe
 
     torch.set_num_threads(CORES)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 import ulm
 from tests.trained import equal_until_a_tie
-from ulm.checkpoints.export import export_hf
 from ulm.errors import ConfigError, UnsupportedError
+from ulm.exchange.hf import export_hf
 from ulm.models.account import num_parameters
 from ulm.models.generate import prompt_tokens
 from ulm.registry import KindConfig, register
@@ -216,9 +216,9 @@ def test_a_model_that_is_no_llama_is_refused_with_the_part_that_differs(nano, tm
     module.NoNorm = NoNorm
     monkeypatch.setitem(sys.modules, "no_norm", module)
     model = nano(vocab_size=290, norm={"kind": "no_norm:NoNorm"})
-    with pytest.raises(UnsupportedError, match="norm is 'no_norm:NoNorm', a Llama's is 'rmsnorm'"):
+    with pytest.raises(UnsupportedError, match="norm.kind is no_norm:NoNorm, a LlamaForCausalLM's is rmsnorm"):
         export_hf(model, BPE, tmp_path / "llama")
     narrow = nano(vocab_size=290, d_model=80, attention={"num_heads": 3, "num_kv_heads": 1, "head_dim": 32})
-    with pytest.raises(UnsupportedError, match="d_model 80 is no multiple of its 3 heads"):
+    with pytest.raises(UnsupportedError, match="80 is no multiple of its 3 heads"):
         export_hf(narrow, BPE, tmp_path / "llama")
     assert not (tmp_path / "llama").exists()

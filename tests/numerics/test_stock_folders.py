@@ -202,6 +202,9 @@ FOREIGN: dict[str, tuple[dict[str, Any], str]] = {
         {"attention": {"sinks": True}},
         "LlamaForCausalLM: attention.sinks is True, a LlamaForCausalLM's is False",
     ),
+    "biases": ({"attention": {"bias": True}}, "attention.bias is True, a LlamaForCausalLM's is False"),
+    "a soft cap": ({"attention": {"soft_cap": 5.0}}, "attention.soft_cap is 5.0, a LlamaForCausalLM's is none"),
+    "scaled embeddings": ({"embedding": {"scaled": True}}, "embedding.scaled is True, a LlamaForCausalLM's is False"),
     "value embeddings": ({"embedding": "value"}, "embedding.kind is value, a LlamaForCausalLM's is token"),
     "linear attention": ({"attention": "linear"}, "attention.kind is linear, a LlamaForCausalLM's is gqa"),
     "first tokens kept": (

@@ -15,7 +15,7 @@ import torch
 
 import ulm
 from tests.trained import CONTEXT_TOKENS, PROMPTS, equal_until_a_tie, trained_nano
-from ulm.checkpoints.export import export_hf
+from ulm.exchange.hf import export_hf
 from ulm.models.generate import prompt_tokens
 
 MAX_TOKENS = 24

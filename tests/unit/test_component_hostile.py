@@ -10,10 +10,8 @@ import torch
 
 import ulm
 from tests.variants import model_of, spec_of, tokens
-from ulm.checkpoints.export import export_hf
-from ulm.errors import ConfigError, UnsupportedError
+from ulm.errors import ConfigError
 from ulm.models.account import num_parameters, on_meta
-from ulm.tokenizers.byte import byte_tokenizer
 
 ABSURD = {
     "position.max_distance": {"position": {"kind": "t5", "max_distance": 10**9}},
@@ -62,14 +60,6 @@ def test_keys_too_large_for_any_feature_leave_gradients_finite(kind):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("feedforward", ["relu2", "gelu", "moe"])
-def test_export_refuses_what_a_llama_is_not(feedforward, tmp_path):
-    tokenizer = byte_tokenizer()
-    model = ulm.build(spec_of({"feedforward": feedforward, "vocab_size": tokenizer.vocab_size}), seed=0)
-    with pytest.raises(UnsupportedError, match="feedforward"):
-        export_hf(model, tokenizer, tmp_path / "out")
-
-
 def test_a_row_with_a_prefix_is_copied_whole_and_not_cut_within_it():
     model = model_of({"mask": "prefix"})
     cache = model.new_cache(2, prefix_tokens_B=torch.tensor([5, 2]))
@@ -95,23 +85,3 @@ def test_normed_queries_and_keys_have_the_dtype_of_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(tokens(1, 9))
     assert seen == [torch.bfloat16]
-
-
-@pytest.mark.parametrize(
-    ("slot", "settings"),
-    [
-        ("embedding", {"scaled": True}),
-        ("position", {"rotary_dim": 16}),
-        ("position", {"scaling": {"kind": "linear", "factor": 2.0}}),
-        ("attention", {"bias": True}),
-        ("attention", {"qk_norm": True}),
-        ("attention", {"soft_cap": 5.0}),
-        ("attention", {"sinks": True}),
-    ],
-    ids=str,
-)
-def test_export_refuses_a_setting_that_a_llama_has_no_word_for(slot, settings, tmp_path):
-    tokenizer = byte_tokenizer()
-    model = ulm.build(spec_of({slot: settings, "vocab_size": tokenizer.vocab_size}), seed=0)
-    with pytest.raises(UnsupportedError, match=rf"{slot}\.{next(iter(settings))} is "):
-        export_hf(model, tokenizer, tmp_path / "out")

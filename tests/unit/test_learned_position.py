@@ -12,8 +12,7 @@ from pipelines.train.loop import train
 from pipelines.train.task import resolve
 from tests.written_corpus import written_corpus
 from ulm.checkpoints import store
-from ulm.checkpoints.export import export_hf
-from ulm.errors import ConfigError, UnsupportedError
+from ulm.errors import ConfigError
 from ulm.models.account import num_parameters, train_flops_per_token
 from ulm.recipes.base import validate
 from ulm.recipes.train import TrainRecipe
@@ -85,10 +84,3 @@ def test_training_begins_from_a_checkpoint_with_a_shorter_context_and_not_with_a
             resolve(recipe("c", init_from=checkpoint, train={"context_tokens": 128}, **model), root=root)
         told = "128, but the model of init_from has 64 positions (at most 64)"
         assert str(caught.value) == f"train.context_tokens: {told}"
-
-
-def test_it_cannot_be_exported_as_a_llama_and_the_error_says_why(nano, tmp_path):
-    model = nano(vocab_size=257, position={"kind": "learned"})
-    with pytest.raises(UnsupportedError, match="position is 'learned', a Llama's is 'rope'"):
-        export_hf(model, byte_tokenizer(), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
