@@ -15,7 +15,7 @@ STAMP := $(VENV)/.stamp-$(HASH)$(if $(NO_VLLM),-no-vllm)
 # What `ulm bench corpus` and `train` compare with; in a place of its own, for it wants other versions of what we use.
 PEERS := .venv-peers
 
-.PHONY: help setup demo test test-all .tests .test-quick .test-with-ray lint bench peers clean
+.PHONY: help setup demo test test-all .tests .test-quick .test-with-ray lint bench peers peers-llama-cpp clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -77,6 +77,11 @@ peers: ## make .venv-peers with the tools that benchmarks compare with
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 	  torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 'datatrove[processing]==0.10.1' spacy==3.8.18 orjson==3.13.0
+
+peers-llama-cpp: ## build llama.cpp into .venv-peers, which a test of GGUF files asks (half an hour on two cores)
+	test -d $(PEERS) || $(PYTHON) -m venv $(PEERS)
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --no-binary llama-cpp-python llama-cpp-python==0.3.36
 
 clean: ## remove the environments and build artefacts; runs and corpora live elsewhere
 	rm -rf $(VENV) $(PEERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

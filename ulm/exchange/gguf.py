@@ -42,7 +42,8 @@ def export_gguf(model: Any, tokenizer: Tokenizer, path: Path | str, *, dtype: st
     if path.exists():
         raise ConfigError(str(path), "already exists", "name a new file")
     architecture, settings, weights = stock(model)
-    known = llama_cpp.KNOWN[architecture.name]
+    if (known := llama_cpp.KNOWN.get(architecture.name)) is None:
+        raise UnsupportedError(f"no GGUF of this model: ulm/exchange/llama_cpp.py does not know {architecture.name}")
     config = architecture.config(settings)
     rotations = llama_cpp.rotations(known, settings, config) if one(settings, "position.turning") else {}
     if reasons := [*llama_cpp.refusals(known, settings, rotations), *_refused_tokenizer(tokenizer)]:

@@ -54,7 +54,6 @@ class Known:
     has_windows: bool = False
     is_always_tied: bool = False
     is_never_tied: bool = False
-    divides_by_sqrt_of: str = ""  # what query_pre_attn_scalar is taken for, if it is
     layers_of_27b: int = 0  # the number of layers by which it takes a model for one that divides by another number
 
 
