@@ -81,6 +81,7 @@ class GenerationBody(Body):
     n: Literal[1] | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
+    repetition_penalty: Literal[1] | None = None  # not OpenAI's; clients of vLLM send it
     logit_bias: dict[str, float] | None = None
 
     @model_validator(mode="before")

@@ -376,10 +376,14 @@ def test_the_command_line_exports_and_imports(nano, tmp_path, monkeypatch):
         return dict(json.loads(result.stdout.splitlines()[-1]))
 
     said = run("export", "plain", str(tmp_path / "a"), "--to", "hf", "--dtype", "bfloat16")
-    assert said["why_not_stock"] is None
+    assert (said["format"], said["architecture"], said["notes"]) == ("hf", "LlamaForCausalLM", [])
+    assert "| architecture |" in (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "a" / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
     said = run("export", "odd", str(tmp_path / "b"))
-    assert "head.kind is soft_cap, a LlamaForCausalLM's is logits" in said["why_not_stock"]
+    assert "head.kind is soft_cap, a LlamaForCausalLM's is logits" in said["notes"][0]
+    assert run("export", "plain", str(tmp_path / "c.gguf"), "--to", "gguf")["path"] == str(tmp_path / "c.gguf")
+    said = run("export", "plain", str(tmp_path / "d"), "--quantize", "w8a8")
+    assert said["notes"] == ["what rounding costs was not measured: the corpus is not here, or holds no text back"]
     for folder, architecture in (("a", "LlamaForCausalLM"), ("b", "UlmForCausalLM")):
         said = run("import", str(tmp_path / folder))
         assert (said["name"], said["architecture"]) == (folder, architecture)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -13,10 +14,11 @@ from ulm.cli import console
 from ulm.cli.options import Checkpoint
 
 
-class Format(StrEnum):
+class To(StrEnum):
     """What a checkpoint can become."""
 
     hf = "hf"
+    gguf = "gguf"
 
 
 class Dtype(StrEnum):
@@ -25,6 +27,14 @@ class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+    q8_0 = "q8_0"
+
+
+class Scheme(StrEnum):
+    """How matrices are rounded to integers."""
+
+    w8a8 = "w8a8"
+    w4a16 = "w4a16"
 
 
 def add_to(app: typer.Typer) -> None:
@@ -35,31 +45,42 @@ def add_to(app: typer.Typer) -> None:
 
 def export(
     checkpoint: Checkpoint,
-    target: Annotated[Path, typer.Argument(help="A folder to make.", show_default=False)],
-    to: Annotated[Format, typer.Option(help="hf: a Hugging Face folder.")] = Format.hf,
-    dtype: Annotated[Dtype, typer.Option(help="How weights are stored.")] = Dtype.float32,
+    target: Annotated[Path, typer.Argument(help="A folder, or a .gguf file, to make.", show_default=False)],
+    to: Annotated[To, typer.Option(help="hf: a Hugging Face folder; gguf: a file for llama.cpp.")] = To.hf,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the weights. Default: float32, of a gguf float16; q8_0 is gguf's.")
+    ] = None,
+    quantize: Annotated[
+        Scheme | None,
+        typer.Option(help="Of a folder: w8a8, integers of 8 bits; w4a16, of 4 bits.", show_default=False),
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option(help="Of the weights, for the model card: apache-2.0, …", show_default=False)
+    ] = None,
 ) -> None:
-    """Write a checkpoint as a folder that transformers and vLLM open.
+    """Write a checkpoint for other tools: transformers, vLLM, llama.cpp.
 
-    One of a stock architecture where one has all that the model has, so that any tool opens it; else one that brings
-    its own modelling code, for trust_remote_code=True, with the reasons.
+    A folder is of a stock architecture where one has all that the model has, so that any tool opens it; else it brings
+    its own modelling code, for trust_remote_code=True, with the reasons told. Its README.md is a model card.
 
     Example: ulm export demo-e00 ./demo-e00-hf --to hf
     """
     from ulm.checkpoints import store
-    from ulm.errors import UnsupportedError
-    from ulm.exchange.hf import export_hf
-    from ulm.exchange.own import export_own
+    from ulm.exchange import export as exchange
 
-    model, tokenizer = store.load(store.resolve(checkpoint, root=runtime.root(), near=Path.cwd()))
-    why = None
-    try:
-        export_hf(model, tokenizer, target, dtype=dtype)
-    except UnsupportedError as no_stock:
-        why = str(no_stock)
-        console.err.print(f"{why}; the folder brings its own modelling code", soft_wrap=True, markup=False)
-        export_own(model, tokenizer, target, dtype=dtype)
-    console.finish({"folder": str(target.absolute()), "format": to.value, "why_not_stock": why})
+    root = runtime.root()
+    found = store.resolve(checkpoint, root=root, near=Path.cwd())
+    with console.bars() as bars:
+        bars.step("export", 0, 1, {})
+        done = exchange.export(found, target, root=root, to=to, dtype=dtype, scheme=quantize, licence=licence)
+        bars.step("export", 1, 1, {})
+    for note in done.notes:
+        console.err.print(note, soft_wrap=True, markup=False)
+    cost = None
+    if done.change is not None:
+        cost = {"before": done.change.bits_per_byte, "after": done.change.rounded_bits_per_byte}
+    facts = {"format": done.format, "architecture": done.architecture, "notes": done.notes, "bits_per_byte": cost}
+    console.finish({"path": str(done.path), **facts})
 
 
 def import_(
@@ -76,8 +97,6 @@ def import_(
 
     Example: ulm import ./demo-e00-hf --name again
     """
-    import re
-
     from ulm.exchange.hf_import import import_hf
 
     usual = re.sub(r"[^a-z0-9._-]+", "-", folder.absolute().name.lower()).strip("-._") or "imported"
