@@ -12,7 +12,7 @@ from ray.serve.schema import LoggingConfig
 
 from serve.gateway import Gateway
 from serve.member import EngineReplica
-from serve.plan import Plan, runs_alone
+from serve.plan import Plan, brings_its_deployment
 from ulm import registry
 from ulm.errors import ClusterError
 from ulm.recipes.serve import ServeRecipe
@@ -37,8 +37,9 @@ def _engine(index: int, names: tuple[str, ...], plan: Plan, recipe: ServeRecipe,
     if first.engine is None and recipe.members_per_engine is None:
         return None
     config = first.engine or recipe.engine
-    if (alone := runs_alone(config)) is not None:
-        return alone.deployment(index, names[0], first.checkpoint, registry.configure("engine", config))
+    if (alone := brings_its_deployment(config)) is not None:
+        paths = {name: plan.members[name].checkpoint for name in names}
+        return alone.deployment(index, paths, registry.configure("engine", config))
     checkpoints = {name: str(plan.members[name].checkpoint) for name in names}
     replica: Any = EngineReplica  # Serve's decorator is not typed
     return replica.options(name=f"engine-{index}", ray_actor_options=resources).bind(config, checkpoints)

@@ -70,9 +70,7 @@ def make_plan(recipe: ServeRecipe, *, root: Path, near: Path | None) -> Plan:
         folder, strategy, budget = None, recipe.strategy or {"kind": "single"}, recipe.budget
     if not members:
         raise ConfigError("members", "is empty", "name at least one")
-    members = _with_engines(recipe, members, root)
-    names = [name for name, member in members.items() if member.engine is None]
-    size = recipe.members_per_engine or len(names) or 1
+    members, groups = _with_engines(recipe, members, root)
     fallback = recipe.fallback
     if fallback is None:
         fallback = (SEED,) if recipe.swarm is not None and SEED in members else ()
@@ -80,37 +78,39 @@ def make_plan(recipe: ServeRecipe, *, root: Path, near: Path | None) -> Plan:
         if name not in members:
             raise ConfigError(f"fallback.{number}", f"no member {name!r} is served", did_you_mean(name, members))
     within(recipe.limits, strategy)
-    groups = (
-        *(tuple(names[i : i + size]) for i in range(0, len(names), size)),
-        *((name,) for name, member in members.items() if member.engine is not None),
-    )
     return Plan(members, groups, strategy, budget, router, folder, fallback, recipe.limits, recipe.patience_s)
 
 
-def _with_engines(recipe: ServeRecipe, members: dict[str, PlannedMember], root: Path) -> dict[str, PlannedMember]:
-    """The members, with the engines that they have to themselves; ConfigError for what has no effect or cannot be."""
+def _with_engines(
+    recipe: ServeRecipe, members: dict[str, PlannedMember], root: Path
+) -> tuple[dict[str, PlannedMember], tuple[tuple[str, ...], ...]]:
+    """The members with their engines, and which share one; ConfigError for what has no effect or cannot be."""
     own = recipe.own_engines()
     for name in recipe.engines:
         if name not in members:
             raise ConfigError(f"engines.{name}", f"no member {name!r} is served", did_you_mean(name, members))
-    if runs_alone(recipe.engine) is not None:
-        own = {name: ("engine", recipe.engine) for name in members} | own
-    if len(own) == len(members):
-        for field in ("members_per_engine", "cpus", "gpus"):
-            if field in recipe.model_fields_set:
-                problem = "has no effect: every member has an engine to itself"
-                raise ConfigError(field, problem, "leave it out; the engine has its own settings")
-    return {name: _with_engine(member, *own[name], root) if name in own else member for name, member in members.items()}
+    shared = [name for name in members if name not in own]
+    usual = brings_its_deployment(recipe.engine)
+    idle = ["cpus", "gpus"] if usual is not None or not shared else []
+    for field in idle if shared else [*idle, "members_per_engine"]:
+        if field in recipe.model_fields_set:
+            problem = "has no effect: every member has an engine with settings of its own"
+            raise ConfigError(field, problem, "leave it out; the engine has its own settings")
+    size = recipe.members_per_engine or (1 if usual is not None else len(shared) or 1)
+    groups = [tuple(shared[i : i + size]) for i in range(0, len(shared), size)]
+    found = {name: replace(member, engine=own[name][1]) if name in own else member for name, member in members.items()}
+    for names in [*(groups if usual is not None else []), *((name,) for name in own)]:
+        place, engine = own.get(names[0], ("engine", recipe.engine))
+        if (cls := brings_its_deployment(engine)) is not None:
+            checkpoints = {name: members[name].checkpoint for name in names}
+            config = cls.settled(registry.configure("engine", engine), checkpoints, root, place)
+            for name in names:
+                changes = {"engine": config.model_dump(), "context_tokens": config.context_tokens}
+                found[name] = replace(members[name], **changes)
+    return found, (*groups, *((name,) for name in members if name in own))
 
 
-def _with_engine(member: PlannedMember, place: str, engine: dict[str, Any], root: Path) -> PlannedMember:
-    if (alone := runs_alone(engine)) is None:
-        return replace(member, engine=engine)
-    config = alone.settled(registry.configure("engine", engine), member.checkpoint, root, place)
-    return replace(member, engine=config.model_dump(), context_tokens=config.context_tokens)
-
-
-def runs_alone(engine: dict[str, Any]) -> Any:
-    """The class of an engine that runs one member in a deployment that it brings itself; None of any other."""
+def brings_its_deployment(engine: dict[str, Any]) -> Any:
+    """The class of an engine that runs in a deployment that it brings itself; None of any other."""
     cls = registry.find("engine", engine["kind"])
     return cls if hasattr(cls, "deployment") else None

@@ -66,6 +66,10 @@ def test_members_say_their_engine_themselves_and_one_for_all_is_each_members_own
     every = make_plan(recipe(members={"a": a, "b": b}, engine=BY_VLLM), root=root, near=None)
     assert every.groups == (("a",), ("b",))
     assert [m.engine and m.engine["kind"] for m in every.members.values()] == ["vllm", "vllm"]
+    both = make_plan(recipe(members={"a": a, "b": b}, engine=BY_VLLM, members_per_engine=2), root=root, near=None)
+    assert both.groups == (("a", "b"),)
+    assert both.members["a"].engine == both.members["b"].engine
+    assert both.members["a"].engine["enforce_eager"] is True
 
 
 def test_what_a_vllm_member_cannot_have_is_said_by_place_before_anything_starts(
@@ -87,9 +91,12 @@ def test_what_a_vllm_member_cannot_have_is_said_by_place_before_anything_starts(
         recipe(members={"a": {"checkpoint": "x", "engine": {"kind": "vllm", "cpu": 1}}})
     with pytest.raises(ConfigError, match=r"engines: is for the members of a swarm \(write it to the member"):
         recipe(members={"a": {"checkpoint": "x"}}, engines={"a": BY_VLLM})
-    for field in ({"members_per_engine": 1}, {"cpus": 2}, {"gpus": 1}):
+    for field in ({"cpus": 2}, {"gpus": 1}):
         with pytest.raises(ConfigError, match=rf"{next(iter(field))}: has no effect: every member has an engine"):
             plan(**of_swarm, engine=BY_VLLM, **field)
+    own = {name: BY_VLLM for name in ("e00", "e01", "e02", "seed")}
+    with pytest.raises(ConfigError, match="members_per_engine: has no effect: every member has an engine"):
+        plan(**of_swarm, engines=own, members_per_engine=2)
     small_member(tmp_path, attention="linear")
     with pytest.raises(
         ConfigError, match=r"members\.a\.engine\.kind: vllm cannot run .*linear.*\(take \{kind: local\}\)"

@@ -316,7 +316,7 @@ def test_shares_of_a_card_and_several_cards_are_what_ray_is_asked_for(served: di
     def options(**fields: Any) -> dict[str, Any]:
         settled = {"context_tokens": 64, "kv_cache_bytes": 1 << 20, "dtype": "bfloat16", "cpus": 0.5, **fields}
         found: dict[str, Any] = MemberServer.get_deployment_options(
-            llm_config_of(3, "a", tmp_path, Settings(kind="vllm", **settled))
+            llm_config_of(3, ["a"], tmp_path, Settings(kind="vllm", **settled))
         )
         return found
 
@@ -367,3 +367,47 @@ def test_when_vllms_process_is_killed_answers_fail_clearly_mixtures_go_on_and_it
         time.sleep(0.5)
     assert text == ulm.generate(model, tokenizer, PROMPTS[0], max_tokens=8).text
     wait_for(lambda: process not in training_workers(b"VLLM::EngineCore"), "the killed process to go")
+
+
+@pytest.mark.slow  # the mixture itself is tested in test_vllm_models, what it is asked in test_vllm_requests
+def test_members_that_share_an_engine_answer_alone_and_mixed_as_offline(
+    trio: Swarm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+    from ray import serve as ray_serve
+
+    from serve import app
+    from serve.member import RemoteEngine
+    from serve.plan import make_plan
+
+    if ray.is_initialized():  # the module's own, whose Serve has the name of the application
+        pytest.skip("runs alone: pytest -k share_an_engine")
+    monkeypatch.setenv("ULM_HOME", str(tmp_path))
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    by_vllm = {"kind": "vllm", "kv_cache_bytes": 3 * KV_CACHE_BYTES, "max_answers": 8, "dtype": "float32"}
+    fields = {"swarm": str(trio.folder), "engine": by_vllm, "members_per_engine": 3, "port": free_port()}
+    recipe = validate(ServeRecipe, {"name": "t", **fields})
+    models = {name: ulm.load(trio.checkpoint(name)) for name in trio.members}
+    tokens = prompt_tokens(models[MEMBER][1], PROMPTS[0])
+    weights = {"e00": 0.2, "e01": 0.5, "e02": 0.3}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            app.up(make_plan(recipe, root=runtime.root(), near=None), recipe)
+        engine = RemoteEngine(ray_serve.get_deployment_handle("engine-0", "ulm"))  # type: ignore[arg-type]
+
+        async def ask() -> tuple[TokenChunk, dict[str, Any]]:
+            request = GenerateRequest(tuple(tokens), weights, NUM_TOKENS, num_top_logprobs=0)
+            return await whole(engine, request), {name: await engine.next_logprobs(name, tokens) for name in models}
+
+        answer, alone = asyncio.run(ask())
+    finally:
+        app.down()
+        ray.shutdown()
+    for name, (model, _) in models.items():
+        torch.testing.assert_close(torch.tensor(alone[name]), logprobs_of(model, tokens)[-1], atol=FLOAT32, rtol=0)
+    text = [*tokens, *answer.tokens]
+    mixed_TV = sum(weights[name] * logprobs_of(model, text).exp() for name, (model, _) in models.items()).log()
+    found = torch.tensor([entry.logprob for entry in answer.logprobs])
+    places = torch.arange(len(tokens) - 1, len(text) - 1)
+    torch.testing.assert_close(found, mixed_TV[places, torch.tensor(answer.tokens)], atol=FLOAT32, rtol=0)

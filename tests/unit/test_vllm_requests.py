@@ -8,6 +8,7 @@ import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import yaml
 from serve.contracts import GenerateRequest, TokenChunk
 from serve.engines.vllm.arguments import arguments_of, reading
 from serve.engines.vllm.engine import Source, VllmEngine
-from serve.engines.vllm.folder import exported
+from serve.engines.vllm.folder import exported, together
 from serve.engines.vllm.settings import BLOCK_TOKENS, MAX_CACHE_BYTES, Config, settle, text_bytes
 from tests.page import Page
 from tests.small_members import small_member, the_tokenizer
@@ -117,11 +118,18 @@ def home(root: Path) -> Iterator[Path]:
 
 
 def run(script: Script, checkpoint: Path, body: Callable[[VllmEngine], Awaitable[Any]], **settings: Any) -> Any:
-    source = Source.read(str(checkpoint))
+    return run_together(script, {"a": checkpoint}, body, **settings)
+
+
+def run_together(
+    script: Script, checkpoints: dict[str, Path], body: Callable[[VllmEngine], Awaitable[Any]], **settings: Any
+) -> Any:
+    sources = {member: Source.read(str(checkpoint)) for member, checkpoint in checkpoints.items()}
+    context_tokens = min(source.spec.context_tokens for source in sources.values())
     config = Config(kind="vllm", **settings).model_copy(
-        update={"dtype": "float32", "context_tokens": source.spec.context_tokens, "kv_cache_bytes": 1 << 20}
+        update={"dtype": "float32", "context_tokens": context_tokens, "kv_cache_bytes": 1 << 20}
     )
-    return asyncio.run(_run(VllmEngine(config, "a", source, script, runtime.root()), body))
+    return asyncio.run(_run(VllmEngine(config, sources, script, runtime.root()), body))
 
 
 async def _run(engine: VllmEngine, body: Callable[[VllmEngine], Awaitable[Any]]) -> Any:
@@ -130,6 +138,53 @@ async def _run(engine: VllmEngine, body: Callable[[VllmEngine], Awaitable[Any]])
 
 async def chunks(engine: VllmEngine, request: GenerateRequest) -> list[TokenChunk]:
     return [chunk async for chunk in engine.generate(request)]
+
+
+# ---- several members in one engine
+
+
+def test_each_request_tells_an_engine_of_several_members_its_weights(checkpoints: dict[str, Path]) -> None:
+    two = {"a": checkpoints["a"], "b": checkpoints["b"]}
+    script = Script([Output([said(b"x", finish_reason="length")], finished=True)])
+    flat = SimpleNamespace(token_ids=[1], logprobs=[-0.5])
+    looked = Script([Output([Completion(0, [*b"x"], "length", flat)], finished=True)])
+
+    async def ask(engine: VllmEngine) -> list[Any]:
+        assert set(await engine.members()) == {"a", "b"}
+        await chunks(engine, replace(ASKED, weights={"a": 0.75, "b": 0.25}))
+        await chunks(engine, replace(ASKED, weights={"b": 2.0, "a": 0.0}))
+        with pytest.raises(UnsupportedError, match="members that share a vllm engine have their weights for its whole"):
+            await engine.reload("a", str(checkpoints["b"]))
+        with pytest.raises(ModelNotFoundError, match="no member 'c'"):
+            await chunks(engine, replace(ASKED, weights={"a": 1.0, "c": 1.0}))
+        return [arguments["extra_args"]["mix"] for _, arguments, _ in script.asked]
+
+    assert run_together(script, two, ask) == [{"a": 0.75, "b": 0.25}, {"b": 2.0}]
+    run_together(looked, two, lambda engine: engine.next_logprobs("b", PROMPT))
+    assert looked.asked[0][1]["extra_args"] == {"mix": {"b": 1.0}}
+    alone = Script([Output([said(b"x", finish_reason="length")], finished=True)])
+    run(alone, checkpoints["a"], lambda engine: chunks(engine, ASKED))
+    assert "extra_args" not in alone.asked[0][1]
+
+
+def test_members_that_share_an_engine_share_a_cache_a_context_and_a_tokenizer(
+    checkpoints: dict[str, Path], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "has_vllm", lambda: True)
+    specs = [ModelSpec.preset("nano", context_tokens=context) for context in (256, 128)]
+    found = settle(Config(kind="vllm", max_answers=2), specs, "float32", "engine")
+    assert (found.context_tokens, found.is_eager) == (128, True)
+    assert found.kv_cache_bytes == 2 * 2 * text_bytes(specs[0], 128, "float32")
+    for name, value in (("gpus", 2), ("enforce_eager", False)):
+        with pytest.raises(ConfigError, match=rf"engine\.{name}: .*members that share an engine"):
+            settle(Config(kind="vllm", **{name: value}), specs, "float32", "engine")
+    folder = together({"x": checkpoints["a"], "y": checkpoints["wide"]}, "float32", home)
+    said_there = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert list(said_there["experts"]) == ["x", "y"]
+    for place in said_there["experts"].values():
+        assert (folder / place / "model.safetensors").is_file()
+    assert together({"x": checkpoints["a"], "y": checkpoints["wide"]}, "float32", home) == folder
+    assert together({"x": checkpoints["a"]}, "float32", home) == exported(checkpoints["a"], "float32", home)
 
 
 # ---- what is asked
@@ -311,7 +366,7 @@ def test_what_cannot_be_answered_is_refused_by_its_own_error(checkpoints: dict[s
                 await chunks(engine, replace(ASKED, **change))
         with pytest.raises(UnsupportedError, match="embed: the vllm engine does not"):
             await engine.embed("a", PROMPT)
-        with pytest.raises(UnsupportedError, match="runs 'a' alone; add 'b' to the recipe"):
+        with pytest.raises(UnsupportedError, match="runs a alone; add 'b' to the recipe"):
             await engine.load("b", "x")
         with pytest.raises(UnsupportedError, match="unload: a vllm engine is its member"):
             await engine.unload("a")
@@ -397,22 +452,22 @@ def test_too_little_memory_for_one_text_is_refused_with_the_figure_it_needs(monk
     spec = ModelSpec.preset("nano", context_tokens=256)
     needed = text_bytes(spec, 256, "float32")
     with pytest.raises(ConfigError, match=rf"engine\.kv_cache_bytes: 65,536 bytes; .* in float32 needs {needed:,}"):
-        settle(Config(kind="vllm", kv_cache_bytes=65_536), spec, "float32", "engine")
-    assert settle(Config(kind="vllm", kv_cache_bytes=needed), spec, "float32", "engine").kv_cache_bytes == needed
-    shorter = settle(Config(kind="vllm", kv_cache_bytes=needed, context_tokens=64), spec, "float32", "engine")
+        settle(Config(kind="vllm", kv_cache_bytes=65_536), [spec], "float32", "engine")
+    assert settle(Config(kind="vllm", kv_cache_bytes=needed), [spec], "float32", "engine").kv_cache_bytes == needed
+    shorter = settle(Config(kind="vllm", kv_cache_bytes=needed, context_tokens=64), [spec], "float32", "engine")
     assert shorter.context_tokens == 64
 
 
 def test_what_is_left_open_is_decided_by_model_and_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "has_vllm", lambda: True)
     spec = ModelSpec.preset("nano", context_tokens=256)
-    found = settle(Config(kind="vllm", max_answers=4), spec, "bfloat16", "engine")
+    found = settle(Config(kind="vllm", max_answers=4), [spec], "bfloat16", "engine")
     assert (found.dtype, found.context_tokens) == ("bfloat16", 256)
     assert found.kv_cache_bytes == 4 * text_bytes(spec, 256, "bfloat16")
-    most = settle(Config(kind="vllm", max_answers=100_000), spec, "bfloat16", "engine")
+    most = settle(Config(kind="vllm", max_answers=100_000), [spec], "bfloat16", "engine")
     assert most.kv_cache_bytes == MAX_CACHE_BYTES
     with pytest.raises(ConfigError, match=r"engine\.context_tokens: 257 tokens; the model was made for 256"):
-        settle(Config(kind="vllm", context_tokens=257), spec, "bfloat16", "engine")
+        settle(Config(kind="vllm", context_tokens=257), [spec], "bfloat16", "engine")
 
 
 def test_every_setting_stands_on_the_page_with_its_default_and_its_recipes_are_whole(root: Path) -> None:
@@ -429,7 +484,7 @@ def test_the_pages_refusal_is_the_one_given(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(runtime, "has_vllm", lambda: True)
     spec = ModelSpec.preset("nano", context_tokens=256)
     with pytest.raises(ConfigError) as refused:
-        settle(Config(kind="vllm", kv_cache_bytes=65_536), spec, "float32", "members.large.engine")
+        settle(Config(kind="vllm", kv_cache_bytes=65_536), [spec], "float32", "members.large.engine")
     assert f"> {refused.value}" in PAGE.section("Memory").splitlines()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from serve.contracts import GenerateRequest
@@ -39,6 +39,11 @@ def arguments_of(request: GenerateRequest, max_tokens: int, eot_id: int) -> dict
         "prompt_logprobs": request.prompt_logprobs,
         "output_kind": "DELTA" if in_pieces else "FINAL_ONLY",
     }
+
+
+def mixed(weights: Mapping[str, float]) -> dict[str, Any]:
+    """The argument by which an engine of several members hears of a request's weights."""
+    return {"extra_args": {"mix": {member: weight for member, weight in weights.items() if weight > 0}}}
 
 
 def reading(tokens: Sequence[int], num_top: int) -> tuple[Sequence[int], dict[str, Any]]:

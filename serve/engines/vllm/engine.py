@@ -1,4 +1,4 @@
-"""One member in vLLM, as an Engine: what is asked is checked here, what comes back becomes our chunks.
+"""Members in vLLM, one or several that it mixes, as an Engine: requests are checked here, outputs become our chunks.
 
 Text is decoded by the member's own tokenizer, token by token, so that stop strings and characters that lie across
 tokens are what they are in every engine. Log-probabilities are the model's own: nothing penalised or cut.
@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from serve.contracts import GenerateRequest, MemberInfo, TokenChunk, TokenLogprob
-from serve.engines.vllm.arguments import arguments_of, looking, reading
+from serve.engines.vllm.arguments import arguments_of, looking, mixed, reading
 from serve.engines.vllm.client import Client
-from serve.engines.vllm.folder import dtype_of, exported
+from serve.engines.vllm.folder import dtype_of, exported, together
 from serve.engines.vllm.settings import Config, settle
 from ulm import runtime
 from ulm.checkpoints import store
@@ -89,36 +89,40 @@ class _Choice:
 
 @register("engine", Config)
 class VllmEngine:
-    """One member; `config` has nothing left open. The client's processes are made by the replica (server.py).
+    """One member, or several that each answer takes part of; `config` has nothing left open.
 
-    `root` is where what it exports for a reload is kept.
+    The client's processes are made by the replica (server.py). `root` is where what it exports for a reload is kept.
     """
 
     @staticmethod
-    def settled(config: Config, checkpoint: Path, root: Path, place: str) -> Config:
+    def settled(config: Config, checkpoints: Mapping[str, Path], root: Path, place: str) -> Config:
         """The settings with nothing left open, and the folder that vLLM reads is there.
 
         ConfigError for what cannot be; `place` is where the recipe has the settings.
         """
-        config = settle(config, store.read_spec(checkpoint), dtype_of(checkpoint), place)
+        specs = [store.read_spec(checkpoint) for checkpoint in checkpoints.values()]
+        dtypes = {dtype_of(checkpoint) for checkpoint in checkpoints.values()}
+        config = settle(config, specs, max(dtypes), place)  # float32 where one is
         try:
-            exported(checkpoint, config.dtype, root)
+            together(checkpoints, config.dtype, root)
         except UnsupportedError as error:
-            raise ConfigError(f"{place}.kind", f"vllm cannot run {checkpoint}: {error}", "take {kind: local}") from None
+            which = ", ".join(checkpoints)
+            raise ConfigError(f"{place}.kind", f"vllm cannot run {which}: {error}", "take {kind: local}") from None
         return config
 
     @staticmethod
-    def deployment(number: int, member: str, checkpoint: Path, config: Config) -> Any:
-        """The Serve deployment that runs a member. Ray must be initialised."""
+    def deployment(number: int, checkpoints: Mapping[str, Path], config: Config) -> Any:
+        """The Serve deployment that runs the members. Ray must be initialised."""
         from serve.engines.vllm.server import build
 
-        return build(number, member, checkpoint, config)
+        return build(number, checkpoints, config)
 
-    def __init__(self, config: Config, member: str, source: Source, client: Client, root: Path) -> None:
+    def __init__(self, config: Config, sources: Mapping[str, Source], client: Client, root: Path) -> None:
         assert config.context_tokens is not None and config.kv_cache_bytes is not None, "not settled"
-        self._config, self._member, self._source, self._client, self._root = config, member, source, client, root
+        self._config, self._sources, self._client, self._root = config, dict(sources), client, root
         self._context_tokens, self._kv_cache_bytes = config.context_tokens, config.kv_cache_bytes
-        self._num_parameters = num_parameters(on_meta(source.spec))
+        self._tokenizer = next(iter(sources.values())).tokenizer  # that of all
+        self._num_parameters = {name: num_parameters(on_meta(source.spec)) for name, source in sources.items()}
         self._num_open = 0  # choices asked of vLLM
         self._num_generated = self._num_prompt = self._num_shared = 0  # tokens
         self._is_closed = False
@@ -127,50 +131,53 @@ class VllmEngine:
     # ---- members
 
     async def members(self) -> dict[str, MemberInfo]:
-        """The one member."""
-        return {self._member: self._info()}
+        """Those it was made with."""
+        return {member: self._info(member) for member in self._sources}
 
-    def _info(self) -> MemberInfo:
-        source = self._source
-        return MemberInfo(
-            str(source.path), source.digest, self._context_tokens, source.spec.vocab_size, self._num_parameters
-        )
+    def _info(self, member: str) -> MemberInfo:
+        source = self._sources[member]
+        sizes = (self._context_tokens, source.spec.vocab_size, self._num_parameters[member])
+        return MemberInfo(str(source.path), source.digest, *sizes)
 
     async def load(self, member: str, checkpoint: str) -> MemberInfo:
-        """The same as `reload`, for the member that is there."""
-        if member != self._member:
-            problem = f"this vllm engine runs {self._member!r} alone; add {member!r} to the recipe"
+        """The same as `reload`, for a member that is there."""
+        if member not in self._sources:
+            problem = f"this vllm engine runs {', '.join(self._sources)} alone; add {member!r} to the recipe"
             raise UnsupportedError(f"load: {problem}")
         return await self.reload(member, checkpoint)
 
     async def unload(self, member: str) -> None:
-        """UnsupportedError: vLLM's processes hold one member for their whole life."""
+        """UnsupportedError: vLLM's processes hold what they have for their whole life."""
         self._check_member(member)
         raise UnsupportedError(f"unload: a vllm engine is its member; serve without {member!r} instead")
 
     async def reload(self, member: str, checkpoint: str) -> MemberInfo:
         """New weights for the member; answers under way go on with the old ones. ConfigError for another shape."""
         self._check_member(member)
+        if len(self._sources) > 1:
+            problem = "members that share a vllm engine have their weights for its whole life"
+            raise UnsupportedError(f"reload: {problem}; members_per_engine: 1 gives {member!r} one of its own")
         if self._config.max_replicas > 1:
             problem = "its replicas would answer with different weights while it goes on"
             raise UnsupportedError(f"reload: {member!r} has up to {self._config.max_replicas} replicas, and {problem}")
         async with self._reloading:
             source = await asyncio.to_thread(Source.read, checkpoint)
             remedy = "serve it under another name"
-            if source.spec != self._source.spec:
-                problem = f"{checkpoint} has another spec than member {member!r}, which is from {self._source.path}"
+            known = self._sources[member]
+            if source.spec != known.spec:
+                problem = f"{checkpoint} has another spec than member {member!r}, which is from {known.path}"
                 raise ConfigError("reload", problem, remedy)
-            if source.tokenizer.digest != self._source.tokenizer.digest:
+            if source.tokenizer.digest != self._tokenizer.digest:
                 raise ConfigError("reload", f"{checkpoint} has another tokenizer than member {member!r}", remedy)
             folder = await asyncio.to_thread(exported, source.path, self._config.dtype, self._root)
             await self._client.reload(folder)
-            self._source = source
-            return self._info()
+            self._sources[member] = source
+            return self._info(member)
 
     def _check_member(self, member: str) -> None:
         if self._is_closed:
             raise UlmError("the engine was closed")
-        if member != self._member:
+        if member not in self._sources:
             raise ModelNotFoundError(f"The engine has no member {member!r}", code="model_not_found")
 
     # ---- answers
@@ -182,12 +189,12 @@ class VllmEngine:
             self._check_member(member)
         self._check_tokens(request.tokens, "prompt")
         self._check_tokens(request.generated, "generated")
-        tokenizer = self._source.tokenizer
+        tokenizer = self._tokenizer
         request.sampling.check(tokenizer.vocab_size)
         text = _echo(request, tokenizer)
         if request.max_tokens == 0:
             room(len(request.tokens) - 1, self._context_tokens)
-            entries = await self._entries(request.tokens, request.prompt_logprobs)
+            entries = await self._entries(request.tokens, request.prompt_logprobs, request.weights)
             for index in range(request.n):
                 yield TokenChunk(text, (), (), "length", None, index, () if index else entries)
             return
@@ -195,7 +202,7 @@ class VllmEngine:
         max_tokens = min(request.max_tokens, room(len(known), self._context_tokens))
         choices = [_Choice(index, _stream(request, tokenizer), text) for index in range(request.num_choices)]
         arguments = arguments_of(request, max_tokens, tokenizer.eot_id)
-        async with aclosing(self._asked(known, arguments, request.priority)) as outputs:
+        async with aclosing(self._asked(known, arguments, request.weights, request.priority)) as outputs:
             async with aclosing(self._chunks(request, choices, outputs)) as chunks:
                 async for chunk in chunks:
                     yield chunk
@@ -245,7 +252,7 @@ class VllmEngine:
         if choice.finish_reason is not None:  # by a stop string: vLLM goes on until all choices have ended
             return
         for place, token in enumerate(completion.token_ids):
-            if token == self._source.tokenizer.eot_id:
+            if token == self._tokenizer.eot_id:
                 break
             choice.tokens.append(token)
             choice.num_tokens += 1
@@ -265,9 +272,11 @@ class VllmEngine:
             raise UlmError(f"vLLM ended an answer by {completion.finish_reason}")
 
     async def _asked(
-        self, tokens: Sequence[int], arguments: Mapping[str, Any], priority: int = 0
+        self, tokens: Sequence[int], arguments: Mapping[str, Any], weights: Mapping[str, float], priority: int = 0
     ) -> AsyncGenerator[Any, None]:
-        """vLLM's outputs; refused where too many are waiting."""
+        """vLLM's outputs, of the members by their weights; refused where too many are waiting."""
+        if len(self._sources) > 1:
+            arguments = {**arguments, **mixed(weights)}
         num_choices = int(arguments.get("n", 1))
         if self._num_open >= self._config.max_answers + self._config.max_waiting:
             waiting = f"{self._num_open - self._config.max_answers:,} answers are waiting already"
@@ -288,26 +297,28 @@ class VllmEngine:
         finally:
             self._num_open -= num_choices
 
-    async def _one(self, tokens: Sequence[int], arguments: Mapping[str, Any]) -> Any:
+    async def _one(self, tokens: Sequence[int], arguments: Mapping[str, Any], weights: Mapping[str, float]) -> Any:
         """The one output of a request that brings one."""
-        async with aclosing(self._asked(tokens, arguments)) as outputs:
+        async with aclosing(self._asked(tokens, arguments, weights)) as outputs:
             found = [output async for output in outputs]
         if not found:
             raise UlmError("vLLM gave no answer")
         return found[-1]
 
-    async def _entries(self, tokens: Sequence[int], num_top: int | None) -> tuple[TokenLogprob, ...]:
+    async def _entries(
+        self, tokens: Sequence[int], num_top: int | None, weights: Mapping[str, float]
+    ) -> tuple[TokenLogprob, ...]:
         """The log-probabilities of all tokens but the first."""
         if num_top is None or len(tokens) < 2:
             return ()
-        output = await self._one(*reading(tokens, num_top))
+        output = await self._one(*reading(tokens, num_top), weights)
         return _entries_of(tokens[1:], [*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]], num_top)
 
     async def score(self, member: str, tokens: Sequence[int]) -> list[float]:
         """log p(tokens[i] | tokens[:i]) for i >= 1, in nats."""
         self._check_asked(member, tokens)
         room(len(tokens) - 1, self._context_tokens)
-        return [entry.logprob for entry in await self._entries(tuple(tokens), 0)]
+        return [entry.logprob for entry in await self._entries(tuple(tokens), 0, {member: 1.0})]
 
     async def next_logprobs(self, member: str, tokens: Sequence[int]) -> np.ndarray:
         """float32 log-probabilities of the whole vocabulary after `tokens`, by vLLM's prefix cache.
@@ -316,8 +327,8 @@ class VllmEngine:
         """
         self._check_asked(member, tokens)
         room(len(tokens), self._context_tokens)
-        found = (await self._one(tokens, looking())).outputs[0].logprobs
-        logprobs_V = np.full(self._source.tokenizer.vocab_size, -np.inf, dtype=np.float32)
+        found = (await self._one(tokens, looking(), {member: 1.0})).outputs[0].logprobs
+        logprobs_V = np.full(self._tokenizer.vocab_size, -np.inf, dtype=np.float32)
         logprobs_V[found.token_ids] = found.logprobs
         return logprobs_V
 
@@ -332,7 +343,7 @@ class VllmEngine:
         self._check_tokens(tokens, "prompt")
 
     def _check_tokens(self, tokens: Sequence[int], name: str) -> None:
-        vocab_size = self._source.tokenizer.vocab_size
+        vocab_size = self._tokenizer.vocab_size
         wrong = next((token for token in tokens if not 0 <= token < vocab_size), None)
         if wrong is not None:
             sizes = f"the vocabulary has {vocab_size}, from 0 on"
@@ -347,7 +358,7 @@ class VllmEngine:
             "generated_tokens": float(self._num_generated),
             "prompt_tokens": float(self._num_prompt),
             "shared_prompt_tokens": float(self._num_shared),
-            "members": 1.0,
+            "members": float(len(self._sources)),
             "kv_cache_bytes": float(self._kv_cache_bytes),
             "resident_bytes": float(runtime.tree_rss_bytes()),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,26 @@ from ulm.checkpoints import store
 from ulm.checkpoints.manifest import WEIGHTS, read_manifest
 from ulm.errors import UnsupportedError
 from ulm.exchange.hf import export_hf, stock
-from ulm.exchange.own import export_own, vllm_refusals
+from ulm.exchange.own import export_mixture, export_own, vllm_refusals
 
 # Stock architectures that vLLM 0.29 computes a little otherwise (Bloom's GELU by erf, not by tanh); ours is exact.
 DRIFTING = ("BloomForCausalLM",)
+
+
+def together(checkpoints: Mapping[str, Path], dtype: str, root: Path) -> Path:
+    """What vLLM reads for one member, or for several that it is to mix: a folder that says where theirs are.
+
+    UnsupportedError where vLLM cannot run one, ConfigError where their tokenizers differ.
+    """
+    folders = {member: exported(checkpoint, dtype, root) for member, checkpoint in checkpoints.items()}
+    if len(folders) == 1:
+        return next(iter(folders.values()))
+    digest = artefacts.digest_json({member: folder.name for member, folder in folders.items()})
+    place = root / "exports" / f"{digest}-mixture"
+    if not place.is_dir():
+        with artefacts.new_folder(place) as partial:
+            export_mixture(folders, partial)
+    return place
 
 
 def exported(checkpoint: Path, dtype: str, root: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ray.serve.llm.deployment import LLMServer
 
 from serve.engines.vllm.client import AsyncClient
 from serve.engines.vllm.engine import Source, VllmEngine
-from serve.engines.vllm.folder import exported
+from serve.engines.vllm.folder import together
 from serve.engines.vllm.settings import BLOCK_TOKENS, Config
 from serve.member import EngineCalls, report
 from ulm import runtime
@@ -22,6 +23,10 @@ from ulm.errors import UlmError
 HEALTH_PERIOD_S = 2.0  # three failures in a row start a replica anew; asking is a look at a flag
 DRAIN_S = 60.0  # for answers under way when a replica ends
 CARD_SHARE = 0.9  # of the part of a card that a replica has, which it may fill
+
+# Of several members in one engine: what tells the model each request's weights, and the runner that it is made for.
+MIXING = {"logits_processors": ["serve.engines.vllm.models.composite:MixtureWeights"]}
+MIXING_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 
 
 class NothingToFetch(CallbackBase):  # type: ignore[misc]  # Ray is not typed
@@ -46,41 +51,44 @@ class FewerProcesses(VLLMEngine):  # type: ignore[misc]
 
 
 class MemberServer(EngineCalls, LLMServer):  # type: ignore[misc]
-    """One member. `score` is our engine's, in token ids; the one of ray.serve.llm is for models that only score."""
+    """One engine's members. `score` is our engine's, in token ids; ray.serve.llm's is for models that only score."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, llm_config: LLMConfig, member: str, checkpoint: str, config: dict[str, Any], root: str
+        self, llm_config: LLMConfig, checkpoints: dict[str, str], config: dict[str, Any], root: str
     ) -> None:
         settings = Config(**config)
-        source = await asyncio.to_thread(Source.read, checkpoint)
-        await asyncio.to_thread(exported, source.path, settings.dtype, Path(root))  # `ulm gc` may have been here
+        sources = {member: await asyncio.to_thread(Source.read, path) for member, path in checkpoints.items()}
+        paths = {member: source.path for member, source in sources.items()}
+        await asyncio.to_thread(together, paths, settings.dtype, Path(root))  # `ulm gc` may have been here
         try:
             await LLMServer.__init__(self, llm_config, engine_cls=FewerProcesses)
         except Exception as error:
             memory = f"its cache takes {settings.kv_cache_bytes:,} bytes"
-            raise UlmError(f"member {member}: vLLM did not start ({memory}): {error}") from error
+            raise UlmError(f"{', '.join(checkpoints)}: vLLM did not start ({memory}): {error}") from error
         # ray.serve.llm has no public name for it: the AsyncLLM that its OpenAI methods ask, too.
-        self._engine = VllmEngine(settings, member, source, AsyncClient(self.engine._engine_client), Path(root))
-        await self._engine.next_logprobs(member, (source.tokenizer.eot_id,))  # the first one takes seconds
+        self._engine = VllmEngine(settings, sources, AsyncClient(self.engine._engine_client), Path(root))
+        first, source = next(iter(sources.items()))
+        await self._engine.next_logprobs(first, (source.tokenizer.eot_id,))  # the first one takes seconds
         self._reporting = asyncio.create_task(report(self._engine, "engine"))
 
 
-def build(number: int, member: str, checkpoint: Path, config: Config) -> Any:
-    """The Serve application of a member; `config` has nothing left open. Ray must be initialised."""
+def build(number: int, checkpoints: Mapping[str, Path], config: Config) -> Any:
+    """The Serve application of an engine's members; `config` has nothing left open. Ray must be initialised."""
     root = runtime.root()
-    given = {"member": member, "checkpoint": str(checkpoint), "config": config.model_dump(), "root": str(root)}
-    llm_config = llm_config_of(number, member, exported(checkpoint, config.dtype, root), config)
+    paths = {member: str(path) for member, path in checkpoints.items()}
+    given = {"checkpoints": paths, "config": config.model_dump(), "root": str(root)}
+    llm_config = llm_config_of(number, tuple(checkpoints), together(checkpoints, config.dtype, root), config)
     return build_llm_deployment(llm_config, name_prefix="engine-", bind_kwargs=given, deployment_cls=MemberServer)
 
 
-def llm_config_of(number: int, member: str, folder: Path, config: Config) -> LLMConfig:
+def llm_config_of(number: int, members: Sequence[str], folder: Path, config: Config) -> LLMConfig:
     """What ray.serve.llm is told, its defaults replaced that let everything wait and never scale."""
     return LLMConfig(
-        model_loading_config={"model_id": member, "model_source": str(folder)},
+        model_loading_config={"model_id": "+".join(members), "model_source": str(folder)},
         accelerator_config={"kind": "gpu" if config.gpus else "cpu"},
         placement_group_config={"bundle_per_worker": _bundle(config)},
-        engine_kwargs=engine_arguments(config),
-        runtime_env={"env_vars": _environment(config)},
+        engine_kwargs=engine_arguments(config) | (MIXING if len(members) > 1 else {}),
+        runtime_env={"env_vars": _environment(config) | (MIXING_ENVIRONMENT if len(members) > 1 else {})},
         callback_config={"callback_class": NothingToFetch},
         experimental_configs={"stream_batching_interval_ms": 0},
         deployment_config={

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -53,20 +54,24 @@ class Config(KindConfig):
         return self.gpus == 0 if self.enforce_eager is None else self.enforce_eager
 
 
-def settle(config: Config, spec: ModelSpec, dtype: str, place: str) -> Config:
-    """The settings with nothing left open; ConfigError, with the figure that would do, for what cannot be.
+def settle(config: Config, specs: Sequence[ModelSpec], dtype: str, place: str) -> Config:
+    """The settings of an engine of one member, or several, with nothing left open.
 
-    `dtype` is the checkpoint's own, `place` where the recipe has these settings.
+    `dtype` is the checkpoints' own, `place` where the recipe has these settings. ConfigError, with the figure that
+    would do, for what cannot be.
     """
     if not runtime.has_vllm():
         raise ConfigError(f"{place}.kind", "vllm is not installed here", INSTALL)
-    context_tokens = config.context_tokens or spec.context_tokens
-    if context_tokens > spec.context_tokens:
-        problem = f"{context_tokens} tokens; the model was made for {spec.context_tokens}"
+    if len(specs) > 1:
+        config = _of_several(config, place)
+    made_for = min(spec.context_tokens for spec in specs)
+    context_tokens = config.context_tokens or made_for
+    if context_tokens > made_for:
+        problem = f"{context_tokens} tokens; the model was made for {made_for}"
         raise ConfigError(f"{place}.context_tokens", problem, "as many or fewer, or leave it out")
     if config.dtype != "auto":
         dtype = config.dtype
-    num_needed = text_bytes(spec, context_tokens, dtype)
+    num_needed = sum(text_bytes(spec, context_tokens, dtype) for spec in specs)
     kv_cache_bytes = config.kv_cache_bytes
     if kv_cache_bytes is None:
         kv_cache_bytes = max(num_needed, min(config.max_answers * num_needed, MAX_CACHE_BYTES))
@@ -75,6 +80,17 @@ def settle(config: Config, spec: ModelSpec, dtype: str, place: str) -> Config:
         raise ConfigError(f"{place}.kv_cache_bytes", problem, "at least that, or fewer context_tokens")
     changed = {"dtype": dtype, "context_tokens": context_tokens, "kv_cache_bytes": kv_cache_bytes}
     return config.model_copy(update=changed)
+
+
+def _of_several(config: Config, place: str) -> Config:
+    """The settings of members that share an engine; ConfigError for what such an engine does not have."""
+    if config.gpus > 1:
+        remedy = "1 at most, or members_per_engine: 1"
+        raise ConfigError(f"{place}.gpus", f"{config.gpus:g}, and members that share an engine are on one card", remedy)
+    if config.enforce_eager is False:
+        problem = "false, and the weights of members that share an engine change between steps"
+        raise ConfigError(f"{place}.enforce_eager", problem, "leave it out, or members_per_engine: 1")
+    return config.model_copy(update={"enforce_eager": True})
 
 
 def text_bytes(spec: ModelSpec, context_tokens: int, dtype: str) -> int:
