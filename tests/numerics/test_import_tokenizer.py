@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 import ulm
+from tests.fuzzed import fuzzed
 from ulm.errors import ArtefactError
 from ulm.exchange.hf import export_hf
 from ulm.exchange.hf_import import import_hf
@@ -28,7 +28,6 @@ WORDS = ["the cat sat on the mat, didn't it? 1234\n", "def f(x):\n    return [x,
 # Numbers in threes, and words that take one sign before them along: as newer models split text.
 SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
 TRICKY = ["", " ", "don't  stop,\n\n\tnow . !?", "x = [1, 2]  # 1234567", "<s> </s> <think> a", "e\u0301 é ﬁ 😀 \x00"]
-NUM_FUZZED, PLANES = 200, (0x20, 0x7F, 0x2FF, 0x3000, 0xFFFF, 0x1F680)
 
 
 def stored(folder: Path, *, end: str = "</s>", normalizer: Any = None, template: str | None = None) -> Path:
@@ -50,17 +49,6 @@ def stored(folder: Path, *, end: str = "</s>", normalizer: Any = None, template:
         fast.chat_template = template
     fast.save_pretrained(folder)
     return folder
-
-
-def fuzzed() -> list[str]:
-    """Strings from all over Unicode, without surrogates."""
-    draw = random.Random(0)
-    texts = []
-    for _ in range(NUM_FUZZED):
-        last = draw.choice(PLANES)
-        points = (draw.randrange(last) for _ in range(draw.randrange(1, 40)))
-        texts.append("".join(chr(p) for p in points if not 0xD800 <= p < 0xE000))
-    return texts
 
 
 @pytest.mark.parametrize("normalizer", [None, normalizers.NFC()], ids=["as it is", "in form C"])
