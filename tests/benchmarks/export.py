@@ -31,6 +31,7 @@ HERE = Path(__file__).parent
 PEER = "ray.serve.llm build_openai_app"
 CONCURRENCY, REQUESTS, ROUNDS = 32, 192, 3
 PROMPT_TOKENS, ANSWER_TOKENS = 64, 64
+NUM_PROMPTS, PROMPTS = 2_000, "prompts.jsonl"  # of real text; a round takes other ones of them than the last
 READY_S, LOAD_S = 300.0, 300.0
 TOKENIZER_MB = 2.0
 
@@ -78,13 +79,18 @@ def measured() -> dict[str, list[dict[str, Any]]]:
 
 
 def model(root: Path) -> tuple[Path, Path]:
-    """A `mini` with random weights and a tokenizer of real words, as a checkpoint and as its export."""
+    """A `mini` with random weights and a tokenizer of real words, as a checkpoint and as its export; prompts beside."""
     corpora = runtime.variable("ULM_CORPORA")
     if not corpora:
         raise Failed("ULM_CORPORA is not set: no text to make a tokenizer of")
     texts = training_texts(Path(corpora), TOKENIZER_MB)
     tokenizer = train_bpe((text for some in texts.values() for text in some), 4_096)
     spec = ulm.ModelSpec.preset("mini", vocab_size=tokenizer.vocab_size, context_tokens=512)
+    words = [tokenizer.encode(text) for some in texts.values() for text in some]
+    tokens = [token for text in words for token in text]
+    prompts = (tokenizer.decode(tokens[n * PROMPT_TOKENS : (n + 1) * PROMPT_TOKENS]) for n in range(NUM_PROMPTS))
+    lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+    (root / PROMPTS).write_text(lines, encoding="utf-8")
     checkpoint = root / "runs" / "mini" / "step-00000000"
     made = ulm.build(spec, seed=0)
     ulm.save(made, tokenizer, checkpoint)
@@ -126,16 +132,17 @@ def load(url: str, folder: Path, result: Path, seed: int) -> dict[str, Any]:
         "model": str(folder),
         "served-model-name": MEMBER,
         "tokenizer": str(folder),
-        "dataset-name": "random",
-        "random-input-len": PROMPT_TOKENS,
-        "random-output-len": ANSWER_TOKENS,
+        # Its random prompts come with ignore_eos, which is vLLM's own and no field of OpenAI's.
+        "dataset-name": "custom",
+        "dataset-path": str(result.parent / PROMPTS),
+        "custom-output-len": ANSWER_TOKENS,
         "num-prompts": REQUESTS,
         "max-concurrency": CONCURRENCY,
         "seed": seed,
         "result-dir": str(result.parent),
         "result-filename": result.name,
     }
-    command = [sys.executable, str(HERE / "_load.py"), "--save-result", "--disable-tqdm"]
+    command = [sys.executable, str(HERE / "_load.py"), "--save-result", "--disable-tqdm", "--skip-chat-template"]
     command += [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LOAD_S, env=runtime.environment())
     if not result.is_file():
