@@ -16,7 +16,7 @@ from ulm.errors import ArtefactError, ConfigError, UnsupportedError
 from ulm.exchange.card import Format, card, facts_of
 from ulm.exchange.folder import empty
 from ulm.exchange.gguf import export_gguf
-from ulm.exchange.hf import export_hf, stock
+from ulm.exchange.hf import export_hf, fitting
 from ulm.exchange.own import export_own, vllm_refusals
 from ulm.exchange.quantize import Change, change, quantize
 
@@ -56,12 +56,12 @@ def export(
         if scheme is not None:
             raise ConfigError("quantize", f"{scheme} is of Hugging Face folders", "--dtype q8_0 for a file")
         path = export_gguf(model, tokenizer, target, dtype=dtype or "float16")
-        return Exported(path, "gguf", stock(model)[0].name)
+        return Exported(path, "gguf", fitting(model.spec)[0].name)
     dtype = dtype or "float32"
     target, notes = empty(target), []
     kind: Format = "hf"
     try:
-        architecture = stock(model)[0].name
+        architecture = fitting(model.spec)[0].name
     except UnsupportedError as no_stock:
         if scheme is not None:
             raise

@@ -16,6 +16,7 @@ from ulm.errors import ConfigError, UnsupportedError
 from ulm.exchange.contract import Architecture
 from ulm.exchange.folder import DTYPES, checked, write_config, write_tokenizer
 from ulm.exchange.plain import Plain, differences, plain
+from ulm.exchange.rewrites import Rewrite
 from ulm.exchange.weights import Weights, exported
 from ulm.spec import ModelSpec
 from ulm.tokenizers.tokenizer import Tokenizer
@@ -60,20 +61,28 @@ def architectures() -> tuple[Architecture, ...]:
 
 
 def stock(model: Any) -> tuple[Architecture, Plain, Weights]:
-    """The first architecture that has all settings of a model, those settings and the weights, in words that it has.
+    """The architecture that `fitting` finds, with the model's settings and weights in words that it has."""
+    architecture, rewrites = fitting(model.spec)
+    settings, weights = plain(model.spec), plain_weights(model)
+    for rewrite in rewrites:
+        settings, weights = rewrite(settings, weights)
+    return architecture, settings, weights
+
+
+def fitting(spec: ModelSpec) -> tuple[Architecture, tuple[Rewrite, ...]]:
+    """The first architecture that has all settings of a spec, and the rewrites by which it has them; no weights needed.
 
     UnsupportedError with what differs from the nearest one.
     """
-    settings, weights = plain(model.spec), plain_weights(model)
     nearest, distance = "", math.inf
     for is_rewritten in (False, True):
         for architecture in architectures():
-            said, tensors = settings, weights
-            for rewrite in architecture.rewrites if is_rewritten else ():
-                said, tensors = rewrite(said, tensors)
-            reasons = refusals(architecture, said)
+            settings, rewrites = plain(spec), architecture.rewrites if is_rewritten else ()
+            for rewrite in rewrites:
+                settings, _ = rewrite(settings, {})
+            reasons = refusals(architecture, settings)
             if not reasons:
-                return architecture, said, tensors
+                return architecture, rewrites
             if _distance(reasons) < distance:
                 nearest, distance = f"{architecture.name}: {'; '.join(reasons)}", _distance(reasons)
     raise UnsupportedError(f"no stock architecture for this model; the nearest is {nearest}")

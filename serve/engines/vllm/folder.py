@@ -12,8 +12,9 @@ from ulm import artefacts
 from ulm.checkpoints import store
 from ulm.checkpoints.manifest import WEIGHTS, read_manifest
 from ulm.errors import UnsupportedError
-from ulm.exchange.hf import export_hf, stock
+from ulm.exchange.hf import export_hf, fitting
 from ulm.exchange.own import export_mixture, export_own, vllm_refusals
+from ulm.spec import ModelSpec
 
 # Stock architectures that vLLM 0.29 computes a little otherwise (Bloom's GELU by erf, not by tanh); ours is exact.
 DRIFTING = ("BloomForCausalLM",)
@@ -39,18 +40,19 @@ def exported(checkpoint: Path, dtype: str, root: Path) -> Path:
     """The folder of a checkpoint under exports/, made if it is not there; UnsupportedError where vLLM cannot run it."""
     place = root / "exports" / f"{read_manifest(checkpoint).digest}-{dtype}"
     if not place.is_dir():
+        model: Any
         model, tokenizer = store.load(checkpoint)
-        export: Any = export_hf if _is_stock(model) else export_own
+        export: Any = export_hf if _is_stock(model.spec) else export_own
         with artefacts.new_folder(place) as partial:  # one that somebody else has made meanwhile stays
             export(model, tokenizer, partial, dtype=dtype)
     return place
 
 
-def _is_stock(model: Any) -> bool:
+def _is_stock(spec: ModelSpec) -> bool:
     """Whether vLLM runs it by a class of its own; False where by ours (models/), UnsupportedError where by none."""
-    reasons = vllm_refusals(model.spec)
+    reasons = vllm_refusals(spec)
     try:
-        architecture, _, _ = stock(model)
+        architecture, _ = fitting(spec)
     except UnsupportedError:
         if reasons:
             raise UnsupportedError("; ".join(reasons)) from None

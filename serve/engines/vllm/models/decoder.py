@@ -146,7 +146,7 @@ class UlmModel(nn.Module):
         for name in ("q", "k", "v"):
             delattr(attention, name)
             self.stacked[f"{place}.{name}."] = (f"{place}.qkv.", name)
-        attention.out = self._rows(attention.out, f"{place}.out")
+        attention.out = self._spread(RowParallelLinear, attention.out, f"{place}.out")
         if attention.sinks is not None:
             # vLLM's CPU kernel reads sinks in bfloat16 alone: they are rounded to 8 bits there, beside float32 weights.
             dtype = torch.bfloat16 if current_platform.is_cpu() else torch.get_default_dtype()
@@ -161,8 +161,10 @@ class UlmModel(nn.Module):
             self._join_gate(feedforward, place)
         for name in ("gate", "up"):
             if hasattr(feedforward, name):
-                setattr(feedforward, name, self._columns(getattr(feedforward, name), f"{place}.{name}"))
-        feedforward.out = self._rows(feedforward.out, f"{place}.out")
+                setattr(
+                    feedforward, name, self._spread(ColumnParallelLinear, getattr(feedforward, name), f"{place}.{name}")
+                )
+        feedforward.out = self._spread(RowParallelLinear, feedforward.out, f"{place}.out")
 
     def _join_gate(self, feedforward: Any, place: str) -> None:
         """One matrix for gate and up."""
@@ -192,18 +194,9 @@ class UlmModel(nn.Module):
             tables = [torch.empty(self.spec.vocab_size, heads[0] * heads[1], device="meta") for _ in embedding.tables]
             embedding.tables = nn.ParameterList(self._shared(table, 1, *heads) for table in tables)
 
-    def _columns(self, linear: nn.Linear, place: str) -> ColumnParallelLinear:
-        return ColumnParallelLinear(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
-            quant_config=self.quant,
-            prefix=f"{self.prefix}.{place}",
-            return_bias=False,
-        )
-
-    def _rows(self, linear: nn.Linear, place: str) -> RowParallelLinear:
-        return RowParallelLinear(
+    def _spread(self, kind: Any, linear: nn.Linear, place: str) -> Any:
+        """A matrix of vLLM's, its columns or its rows spread over the ranks."""
+        return kind(
             linear.in_features,
             linear.out_features,
             bias=linear.bias is not None,
