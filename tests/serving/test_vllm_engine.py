@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -15,21 +11,13 @@ import torch
 
 import ulm
 from tests.trained import CONTEXT_TOKENS, PROMPTS, equal_until_a_tie, trained_nano
+from tests.vllm_process import answers
 from ulm.exchange.hf import export_hf
 from ulm.models.generate import prompt_tokens
 
 MAX_TOKENS = 24
 FLOAT32 = {"rtol": 0.0, "atol": 1e-4}  # the same products of float32 weights, summed by other kernels
 LONG_PROMPT = topics["assert"][:200]
-# vLLM sets process-wide things (threads, groups, signal handlers), so it gets a process of its own. One core is enough.
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 ENGINE = """
 import json, sys
 from vllm import LLM, SamplingParams
@@ -92,14 +80,5 @@ def _answers(folder: Path, ids: list[list[int]], texts: list[str]) -> dict[str, 
         "ids": ids,
         "texts": texts,
     }
-    done = subprocess.run(
-        [sys.executable, "-c", ENGINE],
-        input=json.dumps(given),
-        env={**os.environ, **ENVIRONMENT},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    said: dict[str, list] = answers(ENGINE, given)
+    return said

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +10,7 @@ import torch
 
 from tests.trained import equal_until_a_tie
 from tests.variants import VOCAB_SIZE, model_of, tokens
+from tests.vllm_process import answers
 from ulm.exchange.own import export_mixture, export_own
 from ulm.tokenizers.char import char_tokenizer
 
@@ -55,15 +51,6 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 SMALL = {"num_layers": 1, "d_model": 64, "attention": {"num_heads": 2, "num_kv_heads": 1}}
 MIXES: list[dict[str, float] | None] = [None, {"a": 1.0}, {"b": 3.0, "a": 1.0}, {"b": 0.5}]
-# vLLM sets process-wide things (threads, groups, signal handlers), so it gets a process of its own. One core is enough.
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 ENGINES = """
 import json, sys
 from vllm import LLM, SamplingParams
@@ -164,18 +151,7 @@ def found(
     mixture = export_mixture(folders, root / "mixture")
     processors = {"logits_processors": ["serve.engines.vllm.models.composite:MixtureWeights"]}
     tasks["mixture"] = {**shared, "folder": str(mixture), "settings": processors, "ids": ids, "mixes": MIXES}
-    done = subprocess.run(
-        [sys.executable, "-c", ENGINES],
-        input=json.dumps(tasks),
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, **ENVIRONMENT},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    said = json.loads(done.stdout.strip().splitlines()[-1])
+    said = answers(ENGINES, tasks)
     return {**said, "ids": ids}
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
 import torch
 
 import ulm
-from tests.serving.test_vllm_engine import ENVIRONMENT, LONG_PROMPT
+from tests.serving.test_vllm_engine import LONG_PROMPT
 from tests.trained import CONTEXT_TOKENS, trained_nano
+from tests.vllm_process import answers
 from ulm.exchange.hf import export_hf
 from ulm.exchange.quantize import change, quantize, rounded
 from ulm.models.generate import prompt_tokens
@@ -45,18 +42,8 @@ def test_vllm_gives_the_logprobs_of_our_rounded_model(tmp_path, tmp_path_factory
     whole = export_hf(model, tokenizer, tmp_path / "whole")
     folders = {scheme: str(quantize(whole, tmp_path / scheme, scheme=scheme)) for scheme in LOGPROB}
     ids = prompt_tokens(tokenizer, LONG_PROMPT)
-    done = subprocess.run(
-        [sys.executable, "-c", ENGINES],
-        input=json.dumps({"folders": folders, "ids": ids, "context_tokens": CONTEXT_TOKENS}),
-        env={**os.environ, **ENVIRONMENT},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    answers = json.loads(done.stdout.strip().splitlines()[-1])
-    for scheme, found in answers.items():
+    said = answers(ENGINES, {"folders": folders, "ids": ids, "context_tokens": CONTEXT_TOKENS})
+    for scheme, found in said.items():
         with torch.no_grad():
             logprobs_TV = rounded(model, scheme=scheme)(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
         expected = logprobs_TV[range(len(ids) - 1), ids[1:]]

@@ -1,0 +1,36 @@
+"""vLLM in a process of its own: it sets process-wide things (threads, groups, signal handlers). One core is enough."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+TIMEOUT_S = 240
+
+
+def answers(script: str, given: Any) -> Any:
+    """What a script that uses vLLM says in its last line, as JSON; it is given JSON on its standard input."""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        input=json.dumps(given),
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
