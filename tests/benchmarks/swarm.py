@@ -3,9 +3,9 @@
 Run by `ulm bench swarm` in a checkout, with ULM_CORPORA set. The protocol is that of pipelines/swarm/plan.py, on eight
 domains: `dense` goes on from the same seed with all the experts' tokens. Every configuration is one `ulm swarm train`,
 a process of its own in a home that stays, so that what was interrupted goes on and what is finished is not trained
-again; `results/` there holds the last line of each (remove one to have it evaluated anew). The first configuration, the
-centre, and the figures of `serving` take 20 minutes on two cores; --full varies one setting after another from the
-centre, in an order in which an interruption costs least.
+again; `results/` there, or the folder that --results names, holds the last line of each (remove one to have it evaluated
+anew). The first configuration, the centre, and the figures of `serving` take 20 minutes on two cores; --full varies one
+setting after another from the centre, in an order in which an interruption costs least.
 """
 
 from __future__ import annotations
@@ -25,9 +25,13 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from pipelines.swarm.forecast import counts, information
+from pipelines.swarm.plan import plan_swarm
+from pipelines.swarm.rule import Measured, Rule, Setting
 from tests.benchmarks import _swarm_plots as plots
 from tests.benchmarks._figures import Failed, report
 from ulm import artefacts, runtime
+from ulm.recipes import load_recipe
 
 ULM = [sys.executable, "-m", "ulm.cli.main"]
 HOME = Path(".bench/swarm")  # of a checkout; git ignores it
@@ -99,12 +103,13 @@ def configurations(full: bool) -> list[Configuration]:
     if not full:
         return [CENTRE]
     tokens = [replace(CENTRE, tokens_per_parameter=t) for t in (20, 5, 1)]
-    tokens.append(replace(CENTRE, tokens_per_parameter=100, controls=DENSE_ALONE))
+    longest = replace(CENTRE, tokens_per_parameter=100, controls=DENSE_ALONE)
     experts = [replace(CENTRE, experts=k, controls=DENSE_ALONE) for k in (4, 16, 2)]
     shares = [replace(CENTRE, seed_share=s, controls=DENSE_ALONE) for s in (0.25, 0.75)]
     larger = [replace(CENTRE, controls=(*CENTRE.controls, "dense_flops"))]
     seeds = [replace(CENTRE, seed=seed) for seed in (1, 2)]
-    return [CENTRE, *tokens, *experts, *shares, *larger, *seeds, replace(CENTRE, size="micro", controls=DENSE_ALONE)]
+    micro = replace(CENTRE, size="micro", controls=DENSE_ALONE)
+    return [CENTRE, *tokens, *experts, *shares, seeds[0], *larger, longest, seeds[1], micro]
 
 
 # ---- running
@@ -120,11 +125,13 @@ def main() -> None:
     options.add_argument("--full", action="store_true", help="all configurations: some hours")
     options.add_argument("--only", default=None, choices=measures)
     options.add_argument("--home", type=Path, default=HOME, help="kept: what is finished is not trained again")
+    options.add_argument("--results", type=Path, default=None, help="where results are kept, if not in the home")
     options.add_argument("--minutes", type=float, default=math.inf, help="end after so many; the same command goes on")
     chosen = options.parse_args()
     corpora = runtime.variable("ULM_CORPORA")
     bench = Bench(
         home=chosen.home.absolute(),
+        results=(chosen.results or chosen.home / "results").absolute(),
         corpora=Path(corpora).absolute() / "train" if corpora else None,
         full=chosen.full,
         ends_s=time.monotonic() + 60 * chosen.minutes,
@@ -139,6 +146,7 @@ class Bench:
     """Where everything is, and until when."""
 
     home: Path
+    results: Path
     corpora: Path | None
     full: bool
     ends_s: float
@@ -147,16 +155,13 @@ class Bench:
         """Of a process of ours."""
         return {**runtime.environment(), "ULM_HOME": str(self.home), "HF_HUB_OFFLINE": "1"}
 
-    def write(self, folder: str, name: str, fields: Values) -> Path:
+    def write_recipe(self, name: str, fields: Values) -> Path:
         """A file of JSON, which is YAML; never half of one."""
-        path = self.home / folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        artefacts.write_json(path, fields)
-        return path
+        return _write(self.home / "recipes" / f"{name}.yaml", fields)
 
     def result(self, of: Configuration) -> Values | None:
-        """The last line of a finished training, where it was by this very recipe."""
-        path = self.home / "results" / f"{of.name}.json"
+        """What came of a finished training, where it was by this very recipe: its last line, and "measured"."""
+        path = self.results / f"{of.name}.json"
         if not path.is_file():
             return None
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -165,15 +170,16 @@ class Bench:
         return dict(kept["result"]) if same and has_all else None
 
     def train(self, of: Configuration) -> Values | None:
-        """The last line of `ulm swarm train`; None when the time was up, and it saved. Raises Failed."""
+        """What came of `ulm swarm train`; None when the time was up, and it saved. Raises Failed."""
         if (known := self.result(of)) is not None:
             return known
-        recipe = self.write("recipes", f"{of.name}.yaml", of.recipe())
+        recipe = self.write_recipe(of.name, of.recipe())
         line = self.ulm("swarm", "train", recipe)
         if line is None or line.get("status") == "interrupted":
             return None
-        self.write("results", f"{of.name}.json", {"recipe": of.recipe(), "result": line})
-        return line
+        result = {**line, "measured": [asdict(one) for one in _measured(self.home, recipe, Trained(of, line))]}
+        _write(self.results / f"{of.name}.json", {"recipe": of.recipe(), "result": result})
+        return result
 
     def ulm(self, *words: object) -> Values | None:
         """The last line of an `ulm` command, as it ended or was ended at the bench's own end. Raises Failed."""
@@ -207,8 +213,14 @@ class Bench:
             raise Failed("ULM_CORPORA is not set: no folder with train/ to measure on")
         sources = [{"path": str(self.corpora / name), "domain": name.partition("_")[0]} for name in DOMAINS]
         self.home.mkdir(parents=True, exist_ok=True)
-        if self.ulm("corpus", "build", self.write("recipes", "eight.yaml", {**CORPUS, "sources": sources})) is None:
+        if self.ulm("corpus", "build", self.write_recipe("eight", {**CORPUS, "sources": sources})) is None:
             raise Failed("the time was up before the corpus was built")
+
+
+def _write(path: Path, fields: Values) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    artefacts.write_json(path, fields)
+    return path
 
 
 # ---- the comparison
@@ -252,7 +264,7 @@ def comparison(bench: Bench) -> None:
     if trained:
         _of_centre([it for it in trained if replace(it.of, seed=0, controls=CENTRE.controls) == CENTRE])
         _of_axes(trained)
-        measured = list(_measured(bench, trained))
+        measured = [Measured(Setting(**one["setting"]), one["ratio"]) for it in trained for one in it.line["measured"]]
         _of_rule(measured)
         plots.draw(FIGURES, [_point(it) for it in trained], measured, list(table(trained)))
         sys.stderr.write("\n".join(table(trained)) + "\n")
@@ -309,29 +321,20 @@ def _point(it: Trained) -> plots.Point:
     )
 
 
-def _measured(bench: Bench, trained: Sequence[Trained]) -> Iterator[Any]:
-    """What pipelines/swarm/rule.py is to be given: route, and the route of random clusters, of every configuration."""
-    from pipelines.swarm.forecast import counts, information
-    from pipelines.swarm.plan import plan_swarm
-    from pipelines.swarm.rule import Measured, Setting
-    from ulm.recipes import load_recipe
-
-    for it in trained:
-        recipe = load_recipe("swarm train", bench.home / "recipes" / f"{it.of.name}.yaml", [])
-        plan = plan_swarm(recipe, root=bench.home)  # type: ignore[arg-type]
-        columns = {"route": plan.clusters, "random_route": plan.random_clusters}
-        for column, clusters in columns.items():
-            if clusters is not None and column in it.line["macro"]:
-                says = information(counts(replace(plan, clusters=clusters)))
-                length = it.line["tokens_per_parameter"]
-                of = Setting(length, it.of.experts, says, it.of.seed_share, float(it.line["parameters"]))
-                yield Measured(of, it.ratio(column))
+def _measured(home: Path, recipe: Path, it: Trained) -> Iterator[Measured]:
+    """What pipelines/swarm/rule.py is to be given of a result: its route, and the route of its random clusters."""
+    plan = plan_swarm(load_recipe("swarm train", recipe, []), root=home)  # type: ignore[arg-type]
+    columns = {"route": plan.clusters, "random_route": plan.random_clusters}
+    for column, clusters in columns.items():
+        if clusters is not None and column in it.line["macro"]:
+            says = information(counts(replace(plan, clusters=clusters)))
+            length = it.line["tokens_per_parameter"]
+            setting = Setting(length, it.of.experts, says, it.of.seed_share, float(it.line["parameters"]))
+            yield Measured(setting, it.ratio(column))
 
 
-def _of_rule(measured: Sequence[Any]) -> None:
+def _of_rule(measured: Sequence[Measured]) -> None:
     """What the rule says of each result when it was fitted to all the others, and the lines that belong into it."""
-    from pipelines.swarm.rule import Rule
-
     misses = []
     for number, one in enumerate(measured):
         rule = Rule.fit([*measured[:number], *measured[number + 1 :]])
