@@ -51,17 +51,22 @@ def trained_nano(folder: Path) -> Path:
     return ulm.save(model, tokenizer, folder, step=NUM_STEPS, run="trained-nano")
 
 
-@torch.no_grad()
 def equal_until_a_tie(model: Any, prompt: Sequence[int], ours: Sequence[int], theirs: Sequence[int]) -> bool:
-    """Whether two greedy answers are equal; False if they part where the top two logits tie (count these).
+    """Whether two greedy answers are equal; False if they part where the top two logits tie (count these)."""
+    return num_equal_tokens(model, prompt, ours, theirs) == max(len(ours), len(theirs))
+
+
+@torch.no_grad()
+def num_equal_tokens(model: Any, prompt: Sequence[int], ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """Of two greedy answers, up to where they part, which must be where the top two logits tie.
 
     Parting anywhere else is an AssertionError. <|endoftext|> at the end, which some engines hand out, is no difference
     if the caller cuts it off.
     """
     if list(ours) == list(theirs):
-        return True
+        return len(ours)
     at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
     logits_V = model(torch.tensor([[*prompt, *ours[:at]]]))[0, -1]
     first, second = logits_V.topk(2).values.tolist()
     assert first - second < TIE, f"part at token {at} with {first - second:.4f} between the top two: {ours} {theirs}"
-    return False
+    return at

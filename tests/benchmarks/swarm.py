@@ -3,9 +3,9 @@
 Run by `ulm bench swarm` in a checkout, with ULM_CORPORA set. The protocol is that of pipelines/swarm/plan.py, on eight
 domains: `dense` goes on from the same seed with all the experts' tokens. Every configuration is one `ulm swarm train`,
 a process of its own in a home that stays, so that what was interrupted goes on and what is finished is not trained
-again; `results/` there, or the folder that --results names, holds the last line of each (remove one to have it evaluated
-anew). The first configuration, the centre, and the figures of `serving` take 20 minutes on two cores; --full varies one
-setting after another from the centre, in an order in which an interruption costs least.
+again; `results/` there, or the folder of --results, holds what came of each (remove one to have it evaluated anew). The
+first configuration, the centre, and the figures of `serving` take 20 minutes on two cores; --full varies one setting
+after another from the centre, in an order in which an interruption costs least.
 """
 
 from __future__ import annotations

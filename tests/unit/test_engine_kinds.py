@@ -13,7 +13,8 @@ import torch
 import ulm
 from serve.contracts import GenerateRequest
 from serve.engines.local.rows import Rows
-from tests.engine import answer, equal_up_to_ties, with_engine
+from tests.engine import answer, with_engine
+from tests.trained import num_equal_tokens
 from tests.variants import every_variant, model_of
 from ulm.checkpoints import store
 from ulm.tokenizers.byte import byte_tokenizer
@@ -48,7 +49,7 @@ def test_answers_at_once_in_small_steps_equal_the_plain_generator(overrides: dic
     )
     compared = 0
     for (member, prompt), oracle, chunk in zip(asked, oracles, found, strict=True):
-        same = equal_up_to_ties(models[member], prompt, chunk.tokens, oracle.tokens)
+        same = num_equal_tokens(models[member], prompt, chunk.tokens, oracle.tokens)
         assert [e.logprob for e in chunk.logprobs[:same]] == pytest.approx(oracle.logprobs[:same], abs=LOGPROBS)
         compared += same
     assert compared >= sum(len(oracle.tokens) for oracle in oracles) // 2, "too many ties to have compared anything"

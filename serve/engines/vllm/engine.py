@@ -1,23 +1,19 @@
-"""Members in vLLM, one or several that it mixes, as an Engine: requests are checked here, outputs become our chunks.
-
-Text is decoded by the member's own tokenizer, token by token, so that stop strings and characters that lie across
-tokens are what they are in every engine. Log-probabilities are the model's own: nothing penalised or cut.
-"""
+"""Members in vLLM, one or several that it mixes, as an Engine: requests are checked here, answer.py has the outputs."""
 
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from serve.contracts import GenerateRequest, MemberInfo, TokenChunk, TokenLogprob
+from serve.engines.vllm.answer import Answer, echo, entries_of
 from serve.engines.vllm.arguments import arguments_of, looking, mixed, reading
 from serve.engines.vllm.client import Client
 from serve.engines.vllm.folder import dtype_of, exported, together
@@ -28,7 +24,6 @@ from ulm.checkpoints.manifest import read_manifest
 from ulm.errors import ConfigError, ModelNotFoundError, OverloadedError, RequestError, UlmError, UnsupportedError
 from ulm.models.account import num_parameters, on_meta
 from ulm.models.generate import room
-from ulm.models.text_stream import TextStream
 from ulm.registry import register
 from ulm.spec import ModelSpec
 from ulm.tokenizers.tokenizer import Tokenizer
@@ -37,7 +32,6 @@ PRIORITY_MS = 10_000  # a unit of priority is worth so much waiting, as in the l
 # With so many answers open, one token more comes in a piece: each piece is a message of 0.7 ms through Ray Serve, and
 # at 32 answers they would cost more than the model. The first token is never held back.
 STREAMS_A_TOKEN = 8
-LATE = "ended by its deadline"
 
 
 @dataclass(frozen=True)
@@ -54,37 +48,6 @@ class Source:
         """All of a checkpoint but its weights."""
         path = store.resolve(checkpoint, root=runtime.root())
         return cls(path, store.read_spec(path), store.read_tokenizer(path), read_manifest(path).digest)
-
-
-@dataclass
-class _Choice:
-    """One continuation, and what of it was not sent yet."""
-
-    index: int
-    stream: TextStream
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: str | None = None
-    num_tokens: int = 0
-    logprob_sum: float = 0.0
-    is_sent: bool = False  # its end, too
-
-    @property
-    def has_news(self) -> bool:
-        """Whether there is something to send."""
-        return bool(self.text or self.tokens or (self.finish_reason and not self.is_sent))
-
-    def end(self, reason: str) -> None:
-        """No more tokens come."""
-        self.finish_reason = reason
-        self.text += self.stream.finish()
-
-    def take_chunk(self, index: int) -> TokenChunk:
-        """All that was not sent yet."""
-        chunk = TokenChunk(self.text, tuple(self.tokens), tuple(self.logprobs), self.finish_reason, index=index)
-        self.text, self.tokens, self.logprobs, self.is_sent = "", [], [], self.finish_reason is not None
-        return chunk
 
 
 @register("engine", Config)
@@ -124,7 +87,8 @@ class VllmEngine:
         self._tokenizer = next(iter(sources.values())).tokenizer  # that of all
         self._num_parameters = {name: num_parameters(on_meta(source.spec)) for name, source in sources.items()}
         self._num_open = 0  # choices asked of vLLM
-        self._num_generated = self._num_prompt = self._num_shared = 0  # tokens
+        self._answers: set[Answer] = set()  # under way
+        self._num_generated = self._num_prompt = self._num_shared = 0  # tokens; generated in answers that have ended
         self._is_closed = False
         self._reloading = asyncio.Lock()
 
@@ -191,7 +155,7 @@ class VllmEngine:
         self._check_tokens(request.generated, "generated")
         tokenizer = self._tokenizer
         request.sampling.check(tokenizer.vocab_size)
-        text = _echo(request, tokenizer)
+        text = echo(request, tokenizer)
         if request.max_tokens == 0:
             room(len(request.tokens) - 1, self._context_tokens)
             entries = await self._entries(request.tokens, request.prompt_logprobs, request.weights)
@@ -200,76 +164,17 @@ class VllmEngine:
             return
         known = (*request.tokens, *request.generated)
         max_tokens = min(request.max_tokens, room(len(known), self._context_tokens))
-        choices = [_Choice(index, _stream(request, tokenizer), text) for index in range(request.num_choices)]
+        answer = Answer(request, tokenizer, text)
         arguments = arguments_of(request, max_tokens, tokenizer.eot_id)
-        async with aclosing(self._asked(known, arguments, request.weights, request.priority)) as outputs:
-            async with aclosing(self._chunks(request, choices, outputs)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-
-    async def _chunks(
-        self, request: GenerateRequest, choices: list[_Choice], outputs: AsyncGenerator[Any, None]
-    ) -> AsyncGenerator[TokenChunk, None]:
-        """What vLLM brings, as it comes or, where nobody reads along, at the end; a deadline ends what there is."""
-        due_s = math.inf if request.deadline_s is None else _now_s() + request.deadline_s
-        prompt: tuple[TokenLogprob, ...] = ()
-        degraded: str | None = None
-        while any(choice.finish_reason is None for choice in choices):
-            try:
-                async with asyncio.timeout(None if due_s == math.inf else max(0.0, due_s - _now_s())) as limit:
-                    output = await anext(outputs, None)
-            except TimeoutError:
-                if not limit.expired():
-                    raise
-                degraded = LATE
-                for choice in choices:
-                    if choice.finish_reason is None:
-                        choice.end("length")
-                break
-            if output is None:
-                raise UlmError("vLLM ended an answer without saying so")
-            if request.prompt_logprobs is not None and output.prompt_logprobs:
-                found = output.prompt_logprobs[1:]
-                prompt = _entries_of(request.tokens[1:], found, request.prompt_logprobs)
-            touched = [choices[completion.index] for completion in output.outputs]
-            for choice, completion in zip(touched, output.outputs, strict=True):
-                self._take(choice, completion, request.num_top_logprobs)
-            if request.stream and any(choice.finish_reason is None for choice in choices):
-                for choice in touched:
-                    if choice.has_news:
-                        yield replace(choice.take_chunk(choice.index), prompt_logprobs=prompt)
-                        prompt = ()
-            if output.finished:
-                await anext(outputs, None)  # to its end: closed before, vLLM would be told to abort it
-        rest = [(index, c) for index, c in enumerate(_best(choices, request.n)) if c.has_news]
-        for index, choice in rest:
-            remark = degraded if choice is rest[-1][1] else None
-            yield replace(choice.take_chunk(index), prompt_logprobs=prompt, degraded=remark)
-            prompt = ()
-
-    def _take(self, choice: _Choice, completion: Any, num_top: int | None) -> None:
-        """What came of a choice, up to its end."""
-        if choice.finish_reason is not None:  # by a stop string: vLLM goes on until all choices have ended
-            return
-        for place, token in enumerate(completion.token_ids):
-            if token == self._tokenizer.eot_id:
-                break
-            choice.tokens.append(token)
-            choice.num_tokens += 1
-            self._num_generated += 1
-            if completion.logprobs is not None:
-                entry = _entry(token, completion.logprobs[place], num_top or 0)
-                choice.logprob_sum += entry.logprob
-                if num_top is not None:
-                    choice.logprobs.append(entry)
-            choice.text += choice.stream.push(token)
-            if choice.stream.stopped:
-                choice.finish_reason = "stop"
-                return
-        if completion.finish_reason in ("stop", "length"):
-            choice.end(completion.finish_reason)
-        elif completion.finish_reason is not None:
-            raise UlmError(f"vLLM ended an answer by {completion.finish_reason}")
+        self._answers.add(answer)
+        try:
+            async with aclosing(self._asked(known, arguments, request.weights, request.priority)) as outputs:
+                async with aclosing(answer.chunks(outputs)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+        finally:
+            self._answers.remove(answer)
+            self._num_generated += answer.num_tokens
 
     async def _asked(
         self, tokens: Sequence[int], arguments: Mapping[str, Any], weights: Mapping[str, float], priority: int = 0
@@ -312,7 +217,7 @@ class VllmEngine:
         if num_top is None or len(tokens) < 2:
             return ()
         output = await self._one(*reading(tokens, num_top), weights)
-        return _entries_of(tokens[1:], [*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]], num_top)
+        return entries_of(tokens[1:], [*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]], num_top)
 
     async def score(self, member: str, tokens: Sequence[int]) -> list[float]:
         """log p(tokens[i] | tokens[:i]) for i >= 1, in nats."""
@@ -355,7 +260,7 @@ class VllmEngine:
         return {
             "running": float(running),
             "waiting": float(self._num_open - running),
-            "generated_tokens": float(self._num_generated),
+            "generated_tokens": float(self._num_generated + sum(answer.num_tokens for answer in self._answers)),
             "prompt_tokens": float(self._num_prompt),
             "shared_prompt_tokens": float(self._num_shared),
             "members": float(len(self._sources)),
@@ -367,40 +272,3 @@ class VllmEngine:
         """End vLLM's processes; answers under way fail."""
         self._is_closed = True
         await asyncio.to_thread(self._client.close)
-
-
-def _stream(request: GenerateRequest, tokenizer: Tokenizer) -> TextStream:
-    """The text of an answer; what was sent of it before belongs to nobody, what was held back to what follows."""
-    stream = TextStream(tokenizer, request.stop)
-    for token in request.generated:
-        stream.push(token)
-    if stream.stopped:
-        raise RequestError("generated: this answer has ended, with a stop string", param="generated")
-    return stream
-
-
-def _echo(request: GenerateRequest, tokenizer: Tokenizer) -> str:
-    tokens = request.tokens
-    return tokenizer.decode(tokens[1:] if tokens[0] == tokenizer.eot_id else tokens) if request.echo else ""
-
-
-def _entry(token: int, found: Mapping[int, Any], num_top: int) -> TokenLogprob:
-    """A token's entry, from vLLM's mapping of it and the likeliest tokens; of equal ones the lower id comes first."""
-    top = sorted(((id_, at.logprob) for id_, at in found.items()), key=lambda pair: (-pair[1], pair[0]))
-    return TokenLogprob(token, found[token].logprob, tuple(top[:num_top]))
-
-
-def _entries_of(tokens: Sequence[int], found: Sequence[Any], num_top: int) -> tuple[TokenLogprob, ...]:
-    return tuple(_entry(token, at, num_top) for token, at in zip(tokens, found, strict=True))
-
-
-def _best(choices: list[_Choice], n: int) -> list[_Choice]:
-    """The choices to give: all, or of more than n those whose tokens are likeliest on average, likeliest first."""
-    if len(choices) <= n:
-        return choices
-    ranked = sorted(choices, key=lambda c: (-c.logprob_sum / max(1, c.num_tokens), c.index))
-    return ranked[:n]
-
-
-def _now_s() -> float:
-    return asyncio.get_running_loop().time()
