@@ -10,9 +10,10 @@ from typing import Any
 from serve.contracts import GenerateRequest, Ledger, Member, Strategy, SwarmContext, TokenChunk
 from ulm import registry
 from ulm.errors import ConfigError, ModelNotFoundError, RequestError, did_you_mean
-from ulm.recipes.serve import Budget, Limits
+from ulm.recipes.serve import Budget, Defaults, Limits
 
 SWARM = "swarm"
+NONE: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Model:
     strategy: Strategy
     members: Mapping[str, Member]
     context_tokens: int
+    defaults: Defaults = Defaults()
 
     @property
     def tokenizer(self) -> Any:
@@ -41,6 +43,8 @@ class Catalog:
         default: Mapping[str, Any],
         budget: Budget,
         limits: Limits = Limits(),  # noqa: B008  frozen
+        aliases: Mapping[str, str] = NONE,
+        defaults: Mapping[str, Defaults] = NONE,
     ) -> None:
         self.members, self.context, self.budget, self._limits = dict(members), context, budget, limits
         default = within(limits, default)
@@ -54,26 +58,36 @@ class Catalog:
         lacking = _strategy(default).missing(self.members, context)
         if lacking is not None:
             raise ConfigError("strategy", f"{default['kind']} needs {lacking}", "serve a swarm that has it, or single")
+        for alias, name in aliases.items():
+            if name not in self._configs:
+                raise ConfigError(f"aliases.{alias}", f"no model {name!r} is served", did_you_mean(name, self._configs))
+        self._aliases = dict(aliases)
+        for name in defaults:
+            if name not in self._configs and name not in aliases:
+                raise ConfigError(f"defaults.{name}", "no such model is served", did_you_mean(name, self._configs))
+        self._defaults = dict(defaults)
 
     def names(self) -> list[str]:
-        """All model names, the swarm's first."""
-        return sorted(self._configs, key=lambda name: (not name.startswith(SWARM), name))
+        """All model names, the swarm's first, aliases last."""
+        return [*sorted(self._configs, key=lambda name: (not name.startswith(SWARM), name)), *sorted(self._aliases)]
 
     def model(self, name: str, options: Mapping[str, Any] | None = None) -> Model:
         """The model of a name, with a request's own `options` (top_k, every_tokens, …) for its strategy.
 
         RequestError where the strategy has no such option, or where it asks for more than the operator allows.
         """
+        asked, name = name, self._aliases.get(name, name)
         if name not in self._configs:
             raise ModelNotFoundError(
-                f"The model {reprlib.repr(name)} does not exist here ({did_you_mean(name, self._configs)})",
+                f"The model {reprlib.repr(name)} does not exist here ({did_you_mean(name, self.names())})",
                 param="model",
                 code="model_not_found",
             )
         strategy = self._strategy(self._configs[name], options or {})
         kind = str(self._configs[name]["kind"])
         members = {name: self.members[name]} if name in self.members else self.members
-        return Model(name, kind, strategy, members, min(m.context_tokens for m in members.values()))
+        defaults = self._defaults.get(asked) or self._defaults.get(name) or Defaults()
+        return Model(name, kind, strategy, members, min(m.context_tokens for m in members.values()), defaults)
 
     def _strategy(self, config: Mapping[str, Any], options: Mapping[str, Any]) -> Strategy:
         try:

@@ -42,7 +42,8 @@ class Gateway:
             members[name] = Member(name, by_member[name], tokenizer, context_tokens, planned.cluster, planned.domain)
         router = Router.load(plan.router) if plan.router else None
         context = SwarmContext(router, plan.fallback, patience_s=plan.patience_s)
-        self._catalog = Catalog(members, context, plan.strategy, plan.budget, plan.limits)
+        operators = (plan.strategy, plan.budget, plan.limits, plan.aliases, plan.defaults)
+        self._catalog = Catalog(members, context, *operators)
 
     async def check_health(self) -> None:
         """Loads the members of an engine of its own at the first call."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from serve.catalog import within
+from serve.catalog import SWARM, within
 from ulm import registry
 from ulm.checkpoints import store
 from ulm.checkpoints.manifest import read_manifest, verify
 from ulm.errors import ConfigError, did_you_mean
-from ulm.recipes.serve import PATIENCE_S, Budget, Limits, ServeRecipe
+from ulm.recipes.serve import PATIENCE_S, Budget, Defaults, Limits, ServeRecipe
 from ulm.swarm.manifest import SEED, Swarm
 
 
@@ -39,6 +40,8 @@ class Plan:
     fallback: tuple[str, ...] = ()
     limits: Limits = Limits()
     patience_s: float = PATIENCE_S
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Defaults] = field(default_factory=dict)
 
 
 def _verified(checkpoint: Path) -> Path:
@@ -78,7 +81,33 @@ def make_plan(recipe: ServeRecipe, *, root: Path, near: Path | None) -> Plan:
         if name not in members:
             raise ConfigError(f"fallback.{number}", f"no member {name!r} is served", did_you_mean(name, members))
     within(recipe.limits, strategy)
-    return Plan(members, groups, strategy, budget, router, folder, fallback, recipe.limits, recipe.patience_s)
+    _check_names(recipe, members)
+    return Plan(
+        members,
+        groups,
+        strategy,
+        budget,
+        router,
+        folder,
+        fallback,
+        recipe.limits,
+        recipe.patience_s,
+        recipe.aliases,
+        recipe.defaults,
+    )
+
+
+def _check_names(recipe: ServeRecipe, members: Mapping[str, PlannedMember]) -> None:
+    """ConfigError for an alias of nothing or in another's place, and for defaults of nothing."""
+    names = {*members, SWARM, *(f"{SWARM}/{kind}" for kind in registry.kinds("strategy"))}
+    for alias, name in recipe.aliases.items():
+        if alias in names:
+            raise ConfigError(f"aliases.{alias}", "is a model's own name", "another alias")
+        if name not in names:
+            raise ConfigError(f"aliases.{alias}", f"no model {name!r} is served", did_you_mean(name, names))
+    for name in recipe.defaults:
+        if name not in names and name not in recipe.aliases:
+            raise ConfigError(f"defaults.{name}", "no such model is served", did_you_mean(name, names))
 
 
 def _with_engines(
@@ -92,10 +121,10 @@ def _with_engines(
     shared = [name for name in members if name not in own]
     usual = brings_its_deployment(recipe.engine)
     idle = ["cpus", "gpus"] if usual is not None or not shared else []
-    for field in idle if shared else [*idle, "members_per_engine"]:
-        if field in recipe.model_fields_set:
+    for name in idle if shared else [*idle, "members_per_engine"]:
+        if name in recipe.model_fields_set:
             problem = "has no effect: every member has an engine with settings of its own"
-            raise ConfigError(field, problem, "leave it out; the engine has its own settings")
+            raise ConfigError(name, problem, "leave it out; the engine has its own settings")
     size = recipe.members_per_engine or (1 if usual is not None else len(shared) or 1)
     groups = [tuple(shared[i : i + size]) for i in range(0, len(shared), size)]
     found = {name: replace(member, engine=own[name][1]) if name in own else member for name, member in members.items()}

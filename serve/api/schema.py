@@ -1,21 +1,24 @@
 """OpenAI's request bodies, as far as this endpoint honours them.
 
 A field that OpenAI knows and this endpoint does not is accepted at its neutral value only: a setting without effect
-is an error, not a silence.
+is an error, not a silence. Labels that change no answer (`user`, `metadata`, …) are accepted, and not used.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from ulm.models.sampling import MAX_SEED
-from ulm.recipes.serve import Budget
+from serve.contracts import MAX_CHOICES
+from ulm.models.sampling import MAX_SEED, Bias, Sampling, TokenId
+from ulm.recipes.serve import Budget, Defaults, MinP, OpenAIPenalty, RepetitionPenalty, Temperature, TopP
 
 MAX_TOP_LOGPROBS = 20
 MAX_PROMPTS = 64
 MAX_MEMBERS = 64
+LENGTHS = ("max_completion_tokens", "max_output_tokens", "max_tokens")  # names of an answer's length, newer ones first
 
 
 def _valid_unicode(text: str) -> str:
@@ -64,25 +67,26 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
+class ResponseFormat(Body):
+    """What an answer is to look like; text is the only kind yet."""
+
+    type: Literal["text"]
+
+
 class GenerationBody(Body):
-    """What completions and chat completions share."""
+    """What completions, chat completions and responses share."""
 
     model: str = Field(max_length=200)
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int | None = Field(None, ge=1)  # not OpenAI's; vLLM and others have it here
-    seed: int | None = Field(None, ge=0, le=MAX_SEED)
-    stop: Text | list[Text] | None = None
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
     stream: bool = False
-    stream_options: StreamOptions | None = None
-    user: str | None = None  # accepted for clients that send it; not used
+    seed: int | None = Field(None, ge=-MAX_SEED - 1, le=MAX_SEED)
+    user: str | None = None
     ulm: UlmOptions = UlmOptions()
-    # neutral values only
-    n: Literal[1] | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    repetition_penalty: Literal[1] | None = None  # not OpenAI's; clients of vLLM send it
-    logit_bias: dict[str, float] | None = None
+    # not OpenAI's; vLLM and others have them here
+    top_k: int | None = Field(None, ge=-1)  # -1 and 0: all
+    min_p: MinP = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
 
     @model_validator(mode="before")
     @classmethod
@@ -90,16 +94,64 @@ class GenerationBody(Body):
         """Clients send null for what they leave open."""
         return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
 
+    def laid_over(self, defaults: Defaults) -> Self:
+        """The body with an operator's defaults where it says nothing itself."""
+        open_fields = type(self).model_fields.keys() - self.model_fields_set
+        values = defaults.model_dump(exclude_none=True)
+        lengths = [name for name in LENGTHS if name in type(self).model_fields]
+        if (length := values.pop("max_tokens", None)) is not None and open_fields.issuperset(lengths):
+            values[lengths[0]] = length
+        return self.model_copy(update={name: value for name, value in values.items() if name in open_fields})
+
+    def sampling(self, seed: int) -> Sampling:
+        """How tokens are chosen; `seed` is that of a request that names none."""
+        given = {name: getattr(self, name) for name in Sampling.model_fields if name in type(self).model_fields}
+        given["top_k"] = self.top_k if self.top_k and self.top_k > 0 else None
+        given["seed"] = seed if self.seed is None else self.seed & MAX_SEED
+        return Sampling(**given)
+
+    @property
+    @abstractmethod
+    def most_tokens(self) -> int | None:
+        """Tokens that an answer may have; None: as many as the context holds."""
+
+    def more(self) -> dict[str, Any]:
+        """Further settings of a GenerateRequest."""
+        return {}
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """What ends an answer."""
+        return ()
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """How many alternatives are reported beside the chosen token; None: no logprobs."""
+        return None
+
+
+class ChoicesBody(GenerationBody):
+    """What completions and chat completions share."""
+
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    frequency_penalty: OpenAIPenalty = 0.0
+    presence_penalty: OpenAIPenalty = 0.0
+    logit_bias: dict[TokenId, Bias] = {}
+    stop: Text | list[Text] | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+
     @model_validator(mode="after")
-    def _neutral(self) -> Self:
-        for name in ("frequency_penalty", "presence_penalty", "logit_bias"):
-            if getattr(self, name):
-                raise ValueError(f"{name} is not supported yet; leave it out")
+    def _bounded(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream: true")
         if len(self.stop_strings) > 4 or any(len(s) > 1_000 for s in self.stop_strings):
             raise ValueError("stop takes at most 4 strings of at most 1,000 characters")
         return self
+
+    def more(self) -> dict[str, Any]:
+        """Further settings of a GenerateRequest."""
+        return {"n": self.n}
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -112,21 +164,33 @@ class GenerationBody(Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class CompletionBody(GenerationBody):
+class CompletionBody(ChoicesBody):
     """POST /v1/completions."""
 
     prompt: Text | list[Token] | list[Text] | list[list[Token]] = Field("", union_mode="left_to_right")
-    max_tokens: int = Field(16, ge=1)
+    max_tokens: int = Field(16, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
+    echo: bool = False
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
     suffix: None = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Tokens that an answer may have."""
+        return self.max_tokens
 
     @model_validator(mode="after")
     def _some_prompts(self) -> Self:
         if isinstance(self.prompt, list) and not 0 < len(self.prompts()) <= MAX_PROMPTS:
             raise ValueError(f"prompt: give one to {MAX_PROMPTS} prompts")
+        if self.echo and self.logprobs is not None and self.stream and self.n > 1:
+            raise ValueError("echo: with logprobs, several choices are not streamed; ask for them whole")
         return self
+
+    def more(self) -> dict[str, Any]:
+        """Further settings of a GenerateRequest."""
+        prompt_logprobs = self.logprobs if self.echo else None
+        return {**super().more(), "best_of": self.best_of, "echo": self.echo, "prompt_logprobs": prompt_logprobs}
 
     def prompts(self) -> list[str | list[int]]:
         """One or several prompts, each a text or token ids."""
@@ -162,7 +226,7 @@ class ChatMessage(Body):
         return {"role": self.role, "content": content}
 
 
-class ChatBody(GenerationBody):
+class ChatBody(ChoicesBody):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1)
@@ -170,6 +234,22 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    # labels
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    # neutral values only
+    tools: list[Any] = Field([], max_length=0)
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: list[Literal["text"]] | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Tokens that an answer may have; None: as many as the context holds."""
+        return self.max_completion_tokens or self.max_tokens
 
     def plain(self) -> list[dict[str, str]]:
         """The messages for the chat template."""

@@ -169,6 +169,10 @@ class Bench:
         has_all = set(of.controls) <= set(kept["recipe"]["controls"])  # more controls than asked for do no harm
         return dict(kept["result"]) if same and has_all else None
 
+    def keep(self, name: str, recipe: Values, result: Values) -> None:
+        """What came of a recipe."""
+        _write(self.results / f"{name}.json", {"recipe": recipe, "result": result})
+
     def train(self, of: Configuration) -> Values | None:
         """What came of `ulm swarm train`; None when the time was up, and it saved. Raises Failed."""
         if (known := self.result(of)) is not None:
@@ -178,7 +182,7 @@ class Bench:
         if line is None or line.get("status") == "interrupted":
             return None
         result = {**line, "measured": [asdict(one) for one in _measured(self.home, recipe, Trained(of, line))]}
-        _write(self.results / f"{of.name}.json", {"recipe": of.recipe(), "result": result})
+        self.keep(of.name, of.recipe(), result)
         return result
 
     def ulm(self, *words: object) -> Values | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -12,30 +12,19 @@ from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
 
 import ulm
+from serve.api.answering import Answering
 from serve.api.answers import ChatShape, CompletionShape
-from serve.api.openai import Answering, build_app
+from serve.api.prompts import Chat
 from serve.api.schema import ChatBody, CompletionBody
-from serve.catalog import Catalog
-from serve.contracts import Engine, GenerateRequest, Member, SwarmContext, TokenChunk
+from serve.contracts import GenerateRequest, TokenChunk
 from serve.engines.echo import Config as EchoConfig
 from serve.engines.echo import EchoEngine
 from serve.engines.local.engine import Config, LocalEngine
+from tests.openai_api import STARTED, Records, catalog_of, client_of, complete, echoes, events
 from ulm import registry
 from ulm.errors import MemberDownError, OverloadedError
-from ulm.recipes.serve import Budget, Limits
+from ulm.recipes.serve import Limits
 from ulm.swarm.manifest import SEED, Swarm
-
-Records = list[tuple[str, float, Mapping[str, str]]]
-
-
-def catalog_of(swarm: Swarm, engines: Mapping[str, Engine], **more: Any) -> Catalog:
-    members = {}
-    for name, entry in swarm.members.items():
-        model, tokenizer = ulm.load(swarm.checkpoint(name))
-        context = model.spec.context_tokens
-        members[name] = Member(name, engines[name], tokenizer, context, entry.cluster, entry.domain)
-    context = SwarmContext(swarm.router(), fallback=("seed",))
-    return Catalog(members, context, swarm.manifest.strategy, Budget(), **more)
 
 
 @pytest.fixture(scope="module")
@@ -54,28 +43,8 @@ def records() -> Records:
 
 @pytest.fixture(scope="module")
 def client(swarm: Swarm, engine: LocalEngine, records: Records) -> Iterator[TestClient]:
-    async def metrics() -> str:
-        return "ray_ulm_requests_total 1\n"
-
-    catalog = catalog_of(swarm, dict.fromkeys(swarm.members, engine))
-    app = build_app(catalog, lambda *record: records.append(record), metrics, started=1_700_000_000)
-    with TestClient(app, raise_server_exceptions=False) as made:
+    with client_of(catalog_of(swarm, dict.fromkeys(swarm.members, engine)), records) as made:
         yield made
-
-
-def complete(client: TestClient, **body: Any) -> Any:
-    asked = {"model": "e00", "prompt": "The", "max_tokens": 12, "temperature": 0, **body}
-    response = client.post("/v1/completions", json=asked)
-    assert response.status_code == 200, response.text
-    return response.json()
-
-
-def events(client: TestClient, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-    response = client.post(path, json={**body, "stream": True})
-    assert response.headers["content-type"].startswith("text/event-stream")
-    lines = [line for line in response.text.split("\n\n") if line]
-    assert lines[-1] == "data: [DONE]"
-    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
 
 def test_models_lists_members_and_strategies_with_openais_fields(client: TestClient) -> None:
@@ -84,7 +53,8 @@ def test_models_lists_members_and_strategies_with_openais_fields(client: TestCli
     assert names[0] == "swarm"
     strategies = {f"swarm/{kind}" for kind in registry.kinds("strategy")}
     assert set(names) == {"swarm", *strategies, "e00", "e01", "e02", "seed"}
-    assert listed["data"][0] == {"id": "swarm", "object": "model", "created": 1_700_000_000, "owned_by": "ulm"}
+    card = {"id": "swarm", "object": "model", "created": STARTED, "owned_by": "ulm"}
+    assert listed["data"][0] == {**card, "root": "swarm", "max_model_len": 96}
     assert client.get("/v1/models/swarm/route").json()["id"] == "swarm/route"
 
 
@@ -196,13 +166,9 @@ def test_members_in_several_engines_answer_as_in_one(swarm: Swarm, engine: Local
     other = LocalEngine(Config(kind="local", device="cpu"))
     asyncio.run(other.load("e02", str(swarm.checkpoint("e02"))))
 
-    async def metrics() -> str:
-        return ""
-
     engines = {**dict.fromkeys(swarm.members, engine), "e02": other}
-    app = build_app(catalog_of(swarm, engines), lambda *_: None, metrics)
     body = {"model": "swarm/mixture", "prompt": "Return", "temperature": 0.7, "seed": 3, "ulm": {"every_tokens": 4}}
-    with TestClient(app) as apart:
+    with client_of(catalog_of(swarm, engines)) as apart:
         ours, theirs = complete(apart, **body), complete(client, **body)
     assert ours["choices"][0]["text"] == theirs["choices"][0]["text"]
     assert [(c["member"], c["tokens_in"], c["tokens_out"], c["why"]) for c in ours["ulm"]["calls"]] == [
@@ -217,12 +183,24 @@ REFUSED = [
     ({"prompt": [99_999]}, 400, None, "prompt"),
     ({"temperature": 3}, 400, None, "temperature"),
     ({"temprature": 1}, 400, None, "temprature"),
-    ({"n": 2}, 400, None, "n"),
+    ({"n": 2, "temperature": 0}, 400, None, "n"),
+    ({"n": 0}, 400, None, "n"),
+    ({"best_of": 2, "n": 3, "temperature": 1}, 400, None, "best_of"),
+    ({"best_of": 2, "stream": True, "temperature": 1}, 400, None, "best_of"),
+    ({"max_tokens": 0}, 400, None, "max_tokens"),
+    ({"logit_bias": {"99999": 1}}, 400, None, "logit_bias"),
+    ({"logit_bias": {"1": 101}}, 400, None, "logit_bias"),
+    ({"logit_bias": {"-1": 1}}, 400, None, "logit_bias"),
+    ({"logit_bias": {"a": 1}}, 400, None, "logit_bias"),
+    ({"suffix": "b"}, 400, None, "suffix"),
+    ({"min_p": 0.5, "temperature": 0}, 400, None, "min_p"),
+    ({"echo": True, "logprobs": 1, "stream": True, "n": 2, "temperature": 1}, 400, None, None),
+    ({"response_format": {"type": "grammar"}}, 400, None, "response_format"),
     ({"prompt": []}, 400, None, None),
     ({"prompt": "\ud800"}, 400, None, "prompt"),
     ({"prompt": [True]}, 400, None, "prompt"),
     ({"prompt": "x" * 1_000_000}, 400, "context_length_exceeded", "prompt"),
-    ({"frequency_penalty": 0.5}, 400, None, None),
+    ({"frequency_penalty": 2.5}, 400, None, "frequency_penalty"),
     ({"ulm": {"every_tokens": 3}}, 400, None, "ulm"),  # a single member has no such parameter
     ({"stream_options": {"include_usage": True}}, 400, None, None),
 ]
@@ -298,25 +276,6 @@ class Down(EchoEngine):
     async def members(self) -> Any:
         """Not even that."""
         raise MemberDownError("engine-0 is not there")
-
-
-def echoes(swarm: Swarm, kind: type[EchoEngine] = EchoEngine, members: tuple[str, ...] = ()) -> dict[str, Engine]:
-    """An echo engine for these members, and another for the others."""
-    found: dict[str, Engine] = {}
-    for cls, names in ((kind, members), (EchoEngine, tuple(m for m in swarm.members if m not in members))):
-        made = cls(EchoConfig(kind="echo"))
-        for name in names:
-            asyncio.run(made.load(name, str(swarm.checkpoint(name))))
-        found |= dict.fromkeys(names, made)
-    return found
-
-
-def client_of(catalog: Catalog, records: Records | None = None) -> TestClient:
-    async def metrics() -> str:
-        return ""
-
-    seen: Records = [] if records is None else records
-    return TestClient(build_app(catalog, lambda *record: seen.append(record), metrics), raise_server_exceptions=False)
 
 
 def test_a_broadcast_gives_one_choice_a_member_and_a_prompt_whole_and_streamed(client: TestClient) -> None:
@@ -492,7 +451,7 @@ def test_a_client_that_leaves_at_the_first_event_ends_every_call_at_once(swarm: 
     async def body() -> None:
         asked = {"model": "swarm/broadcast", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
         chat = ChatBody.model_validate(asked)
-        response = await answering.respond(chat, ["Hi"], ChatShape)
+        response = await answering.respond(chat, [Chat(chat.plain())], ChatShape)
         assert isinstance(response, StreamingResponse)
         events: Any = response.body_iterator
         assert "assistant" in str(await anext(events))  # the role, before the first chunk is passed on

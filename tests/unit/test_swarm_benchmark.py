@@ -31,7 +31,7 @@ def line(route: float, dense: float, **more: float) -> dict[str, object]:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
-    return Bench(home=tmp_path, corpora=None, full=True, ends_s=math.inf)
+    return Bench(home=tmp_path, results=tmp_path / "results", corpora=None, full=True, ends_s=math.inf)
 
 
 def test_every_configuration_differs_from_the_centre_in_one_setting_at_most():
@@ -63,12 +63,12 @@ def test_every_configuration_is_a_recipe(of):
 
 def test_a_finished_result_is_taken_again_for_the_same_recipe_alone(bench):
     kept = line(3.7, 4.0)
-    bench.write("results", f"{CENTRE.name}.json", {"recipe": CENTRE.recipe(), "result": kept})
+    bench.keep(CENTRE.name, CENTRE.recipe(), kept)
     assert bench.train(CENTRE) == kept
     assert bench.result(replace(CENTRE, controls=("dense",))) == kept  # a control more than asked for does no harm
     assert bench.result(replace(CENTRE, controls=("dense", "random", "dense_flops"))) is None
     other = {**CENTRE.recipe(), "warmup_steps": 1}
-    bench.write("results", f"{CENTRE.name}.json", {"recipe": other, "result": kept})
+    bench.keep(CENTRE.name, other, kept)
     assert bench.result(CENTRE) is None
 
 

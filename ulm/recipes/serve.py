@@ -20,6 +20,13 @@ def _not_reserved(name: str) -> str:
 
 
 MemberId = Annotated[Name, AfterValidator(_not_reserved)]
+Alias = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$")]
+# An API's bounds, which are OpenAI's where that has the setting; an engine's are wider.
+Temperature = Annotated[float, Field(ge=0, le=2)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+MinP = Annotated[float, Field(ge=0, le=1)]
+RepetitionPenalty = Annotated[float, Field(ge=0.01, le=100)]
+OpenAIPenalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class Budget(Section):
@@ -35,6 +42,20 @@ class Limits(Section):
 
     max_top_k: int | None = Field(None, ge=1)  # members that answer together; None: all of them
     min_every_tokens: int = Field(1, ge=1)  # generated tokens between two looks at who should answer
+
+
+class Defaults(Section):
+    """What holds for a model where a request says nothing; None leaves OpenAI's own default."""
+
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: int | None = Field(None, ge=1)
+    min_p: MinP | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    presence_penalty: OpenAIPenalty | None = None
+    frequency_penalty: OpenAIPenalty | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    stop: tuple[str, ...] | None = Field(None, max_length=4)
 
 
 class MemberSection(Section):
@@ -58,6 +79,8 @@ class ServeRecipe(Recipe):
     # Members that answer, in this order, where those that should are down; None: the swarm's seed, if it serves one.
     fallback: tuple[MemberId, ...] | None = None
     patience_s: float = Field(PATIENCE_S, gt=0)  # a member that says nothing for so long is passed over
+    aliases: dict[Alias, str] = {}  # further names of models: clients hard-code some
+    defaults: dict[str, Defaults] = {}  # by model or alias
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65_535)
     cpus: float = Field(1.0, gt=0)  # of each engine replica; vllm engines say their own

@@ -1,0 +1,87 @@
+"""POST /v1/embeddings: the mean of a member's last hidden states, of length 1."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from typing import Any, Literal, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from serve.api.prompts import read_prompt
+from serve.api.schema import MAX_PROMPTS, Body, Text, Token
+from serve.catalog import Catalog, Model
+from serve.contracts import Member
+from ulm.errors import MemberDownError, RequestError, UnavailableError, UnsupportedError
+from ulm.models.generate import room
+
+
+class EmbeddingBody(Body):
+    """OpenAI's, with a member or an alias of one as model."""
+
+    model: str = Field(max_length=200)
+    input: Text | list[Token] | list[Text] | list[list[Token]] = Field(union_mode="left_to_right")
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1)
+    user: str | None = None
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if not 0 < len(self.inputs()) <= MAX_PROMPTS or not all(self.inputs()):
+            raise ValueError(f"input: give one to {MAX_PROMPTS} texts, none of them empty")
+        return self
+
+    def inputs(self) -> list[str | list[int]]:
+        """Each a text or token ids."""
+        if isinstance(self.input, str):
+            return [self.input]
+        if self.input and isinstance(self.input[0], int):
+            return [self.input]
+        return list(self.input)  # type: ignore[arg-type]
+
+
+async def embeddings(catalog: Catalog, body: EmbeddingBody) -> dict[str, Any]:
+    """The vectors of all inputs."""
+    model = catalog.model(body.model)
+    member = _member(model)
+    texts = await asyncio.to_thread(_read, model, body)
+    try:
+        vectors = [_unit(await member.engine.embed(member.id, tokens)) for tokens in texts]
+    except MemberDownError as error:
+        raise UnavailableError(f"{member.id} can not answer now ({error})") from None
+    width = len(vectors[0])
+    if body.dimensions not in (None, width):
+        raise RequestError(f"dimensions: {member.id} gives {width}, and no fewer", param="dimensions")
+    data = [{"object": "embedding", "index": i, "embedding": _coded(v, body)} for i, v in enumerate(vectors)]
+    count = sum(map(len, texts))
+    return {
+        "object": "list",
+        "data": data,
+        "model": body.model,
+        "usage": {"prompt_tokens": count, "total_tokens": count},
+    }
+
+
+def _member(model: Model) -> Member:
+    if len(model.members) > 1:
+        remedy = f"ask a member, such as {next(iter(model.members))}"
+        raise UnsupportedError(f"embeddings: the space is one member's own, and {model.name} has several; {remedy}")
+    return next(iter(model.members.values()))
+
+
+def _read(model: Model, body: EmbeddingBody) -> list[list[int]]:
+    found = [read_prompt(it, model.tokenizer, model.context_tokens) for it in body.inputs()]
+    for tokens in found:
+        room(len(tokens) - 1, model.context_tokens)  # nothing follows a text: it may fill the context
+    return found
+
+
+def _unit(vector_D: np.ndarray) -> np.ndarray:
+    return np.asarray(vector_D / max(float(np.linalg.norm(vector_D)), float(np.finfo(np.float32).tiny)))
+
+
+def _coded(vector_D: np.ndarray, body: EmbeddingBody) -> str | list[float]:
+    if body.encoding_format == "base64":
+        return base64.b64encode(vector_D.astype("<f4").tobytes()).decode()
+    return [float(x) for x in vector_D]
