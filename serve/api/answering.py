@@ -12,9 +12,8 @@ from typing import Any
 
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from serve.api.answers import Choices, Shape, event
+from serve.api.answers import Choices, Shape
 from serve.api.prompts import Chat, Prompt, read_prompt
-from serve.api.refusals import error_body
 from serve.api.schema import GenerationBody
 from serve.api.spent import Record, record_ledger
 from serve.catalog import Catalog, Model
@@ -144,7 +143,7 @@ class Answering:
                 yield said
         except Exception as error:  # noqa: BLE001  the stream has begun: the error can only be an event
             outcome = "failed"
-            yield event(error_body(str(error) or type(error).__name__, "server_error"))
+            yield shape.failed(str(error) or type(error).__name__)
         finally:
             await chained.aclose()  # type: ignore[attr-defined]  # a client that left frees its rows now
             self._finish(tags, choices, ledger, started_s, outcome)

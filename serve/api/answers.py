@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any
 
+from serve.api.refusals import error_body
 from serve.api.schema import ChoicesBody, CompletionBody, GenerationBody
 from serve.contracts import Ledger, TokenChunk, TokenLogprob
 from ulm.tokenizers.tokenizer import Tokenizer
@@ -119,8 +120,31 @@ class Shape(ABC):
     def end(self, choices: Choices, ledger: Ledger) -> Iterator[str]:
         """Events after the last chunk."""
 
+    def failed(self, message: str) -> str:
+        """An error after the stream has begun: there it can only be an event."""
+        return event(error_body(message, "server_error"))
+
     def _token(self, token: int) -> str:
         return self._tokenizer.decode([token])
+
+    def _entries(self, entries: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+        """As chats and responses have them; none where they were not asked for."""
+        if not self._wants_logprobs:
+            return []
+        return [
+            {
+                **self._entry(entry.token, entry.logprob),
+                "top_logprobs": [self._entry(token, logprob) for token, logprob in entry.top],
+            }
+            for entry in entries
+        ]
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": self._token(token),
+            "logprob": logprob,
+            "bytes": list(self._tokenizer.token_bytes[token]),
+        }
 
 
 class ChunkedShape(Shape):
@@ -260,23 +284,7 @@ class ChatShape(ChunkedShape):
     def _logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if not self._wants_logprobs:
             return None
-        return {
-            "content": [
-                {
-                    **self._entry(entry.token, entry.logprob),
-                    "top_logprobs": [self._entry(token, logprob) for token, logprob in entry.top],
-                }
-                for entry in entries
-            ],
-            "refusal": None,
-        }
-
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        return {
-            "token": self._token(token),
-            "logprob": logprob,
-            "bytes": list(self._tokenizer.token_bytes[token]),
-        }
+        return {"content": self._entries(entries), "refusal": None}
 
 
 def event(value: Mapping[str, Any], name: str | None = None) -> str:

@@ -18,6 +18,7 @@ from serve.api.answers import ChatShape, CompletionShape
 from serve.api.embeddings import EmbeddingBody, embeddings
 from serve.api.prompts import Chat
 from serve.api.refusals import BoundedBody, handle_errors
+from serve.api.responses import ResponsesBody, ResponseShape
 from serve.api.schema import ChatBody, CompletionBody
 from serve.api.spent import Record
 from serve.api.tokens import DetokenizeBody, TokenizeBody, detokenized, tokenized
@@ -56,6 +57,10 @@ def build_app(
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(body: ChatBody) -> JSONResponse | StreamingResponse:
         return await answering.respond(body, [Chat(body.plain())], ChatShape)
+
+    @app.post("/v1/responses", response_model=None)
+    async def responses(body: ResponsesBody) -> JSONResponse | StreamingResponse:
+        return await answering.respond(body, [body.chat()], ResponseShape)
 
     @app.post("/v1/embeddings")
     async def embed(body: EmbeddingBody) -> dict[str, Any]:

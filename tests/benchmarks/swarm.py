@@ -51,6 +51,8 @@ LR, LR_OF_SMALL_BATCHES = 1.2e-2, 6e-3  # tuned on dense alone: docs/experiments
 MICRO_TOKENS = 5_000_000  # seed and experts; dense takes half as many: half an hour on two cores
 END_GRACE_S = 120.0  # for a training that is asked to stop to save all its runs
 
+KEPT = ("macro", "bits_per_byte", "tokens_per_parameter", "parameters", "dense_flops")  # of a last line, in results
+
 Values = dict[str, Any]
 
 
@@ -181,7 +183,8 @@ class Bench:
         line = self.ulm("swarm", "train", recipe)
         if line is None or line.get("status") == "interrupted":
             return None
-        result = {**line, "measured": [asdict(one) for one in _measured(self.home, recipe, Trained(of, line))]}
+        measured = [asdict(one) for one in _measured(self.home, recipe, Trained(of, line))]
+        result = {**{name: line[name] for name in KEPT}, "measured": measured}
         self.keep(of.name, of.recipe(), result)
         return result
 

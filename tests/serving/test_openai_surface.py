@@ -289,3 +289,80 @@ def test_the_official_client_reads_every_kind_of_answer(official: OpenAI) -> Non
     assert said == text
     legacy = official.completions.create(model="e00", prompt="The", max_tokens=4, logprobs=1, echo=True, temperature=0)
     assert legacy.choices[0].text.startswith("The") and legacy.choices[0].logprobs
+
+
+def test_a_response_is_the_chats_answer_whole_and_by_events(official: OpenAI) -> None:
+    messages: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    chat = official.chat.completions.create(model="e00", messages=messages, max_tokens=6, temperature=0)
+    asked: dict[str, Any] = {"model": "e00", "instructions": "Be brief.", "input": "Hi", "max_output_tokens": 6}
+    whole = official.responses.create(**asked, temperature=0, top_logprobs=2, metadata={"a": "b"})
+    assert whole.output_text == chat.choices[0].message.content
+    assert (whole.status, whole.incomplete_details and whole.incomplete_details.reason) == (
+        "incomplete",
+        "max_output_tokens",
+    )
+    assert whole.usage and chat.usage and whole.usage.input_tokens == chat.usage.prompt_tokens
+    assert (whole.metadata, whole.instructions, whole.max_output_tokens) == ({"a": "b"}, "Be brief.", 6)
+    (message,) = whole.output
+    assert message.type == "message" and message.content[0].type == "output_text"
+    logprobs = message.content[0].logprobs
+    assert logprobs and len(logprobs) == 6 and all(len(entry.top_logprobs) == 2 for entry in logprobs)
+    seen = list(official.responses.create(**asked, temperature=0, stream=True))
+    assert [event.sequence_number for event in seen] == list(range(len(seen)))
+    deltas = [event for event in seen if event.type == "response.output_text.delta"]
+    assert "".join(event.delta for event in deltas) == whole.output_text and len(deltas) > 1
+    order = [event.type for event in seen if event.type != "response.output_text.delta"]
+    assert order == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.incomplete",
+    ]
+    last: Any = seen[-1]
+    assert last.response.output_text == whole.output_text and last.response.usage == whole.usage
+    ids = {event.item_id for event in deltas}
+    assert ids == {last.response.output[0].id}, "one message under one id"
+    again: Any = [{"role": "user", "content": "Hi"}, *whole.output, {"role": "user", "content": "And?"}]
+    longer = official.responses.create(model="e00", input=again, max_output_tokens=2)
+    assert longer.usage and longer.usage.input_tokens > whole.usage.input_tokens
+
+
+def test_a_response_that_ends_by_itself_is_complete(swarm: Swarm) -> None:
+    """An echo says the prompt again, in which the next message of a user ends it."""
+    with client_of(catalog_of(swarm, echoes(swarm))) as http:
+        client = OpenAI(base_url="http://testserver/v1", api_key="none", http_client=http, max_retries=0)
+        said: Any = [{"role": role, "content": "Hi"} for role in ("user", "assistant", "user")]
+        with client.responses.stream(model="e00", input=said) as stream:
+            found: Any = stream.get_final_response()
+    assert (found.status, found.incomplete_details, found.output[0].status) == ("completed", None, "completed")
+
+
+def test_a_response_of_several_members_has_a_message_of_each(client: TestClient) -> None:
+    body = {"model": "swarm/broadcast", "input": "Hi", "max_output_tokens": 3, "temperature": 0}
+    found = client.post("/v1/responses", json=body).json()
+    assert len(found["output"]) == 4 and len({item["id"] for item in found["output"]}) == 4
+    assert found["ulm"]["strategy"] == "broadcast"
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        ({"store": True}, "store"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"text": {"format": {"type": "json_object"}}}, "text"),
+        ({"input": ""}, None),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
+        ({"reasoning": {"effort": "high"}}, "reasoning"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"input": "word " * 500}, "prompt"),
+    ],
+)
+def test_what_a_response_cannot_be_is_refused(client: TestClient, change: dict[str, Any], place: str | None) -> None:
+    response = client.post("/v1/responses", json={"model": "e00", "input": "Hi", **change})
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == place
