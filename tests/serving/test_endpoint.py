@@ -13,10 +13,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 
 import ulm
 from serve.contracts import GenerateRequest
 from ulm.errors import ClusterError, MemberDownError, RequestError
+from ulm.models.generate import prompt_tokens
 from ulm.recipes import ServeRecipe
 from ulm.recipes.base import validate
 from ulm.swarm.manifest import Swarm
@@ -40,10 +42,10 @@ def served(swarm: Swarm) -> Iterator[dict[str, Any]]:
     from serve.plan import make_plan
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-    recipe = validate(
-        ServeRecipe,
-        {"name": "t", "swarm": str(swarm.folder), "port": free_port(), "cpus": 0.5, "members_per_engine": 3},
-    )
+    names = {"aliases": {"gpt-4o": "swarm/route"}, "defaults": {"gpt-4o": {"max_tokens": 3}}}
+    engines = {"cpus": 0.5, "members_per_engine": 3}
+    fields = {"name": "t", "swarm": str(swarm.folder), "port": free_port(), **engines, **names}
+    recipe = validate(ServeRecipe, fields)
     try:
         yield app.up(make_plan(recipe, root=Path("unused"), near=None), recipe)
     finally:
@@ -89,6 +91,30 @@ def test_members_in_two_engines_are_mixed_and_the_ledger_names_them(client: open
     ledger = answer.model_extra["ulm"] if answer.model_extra else {}
     assert ledger["strategy"] == "mixture" and {c["member"] for c in ledger["calls"]} == {"e00", "e01", "e02"}
     assert sum(c["weight"] for c in ledger["calls"]) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_names_defaults_choices_and_embeddings_reach_members_in_other_processes(
+    client: openai.OpenAI, swarm: Swarm
+) -> None:
+    asked: Any = {"model": "gpt-4o", "messages": [{"role": "user", "content": "Return"}]}
+    answer = client.chat.completions.create(**asked, n=2, seed=3)
+    assert (answer.model, len(answer.choices)) == ("gpt-4o", 2)
+    assert answer.usage is not None and answer.usage.completion_tokens <= 6
+    (item,) = client.embeddings.create(model="seed", input="import json").data
+    model, tokenizer = ulm.load(swarm.checkpoint("seed"))
+    with torch.no_grad():
+        state_D = model.hidden(torch.tensor([prompt_tokens(tokenizer, "import json")]))[0].mean(0)
+    assert item.embedding == pytest.approx((state_D / state_D.norm()).tolist(), abs=1e-5)
+
+
+def test_every_answer_has_one_request_id_and_a_clients_own_comes_back(served: dict[str, Any]) -> None:
+    for path, status in (("/models", 200), ("/nothing", 404)):
+        first, second = (httpx.get(served["url"] + path, trust_env=False) for _ in range(2))
+        assert first.status_code == status
+        (one,), (other,) = (answer.headers.get_list("x-request-id") for answer in (first, second))
+        assert one != other
+    given = httpx.get(served["url"] + "/models", headers={"x-request-id": "mine-1"}, trust_env=False)
+    assert given.headers.get_list("x-request-id") == ["mine-1"]
 
 
 def test_errors_reach_the_client_as_its_own_types(client: openai.OpenAI) -> None:
