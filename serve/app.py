@@ -7,6 +7,7 @@ import socket
 from typing import Any
 
 import httpx
+import ray
 from ray import serve as ray_serve
 from ray.serve.schema import LoggingConfig
 
@@ -65,14 +66,40 @@ def up(plan: Plan, recipe: ServeRecipe) -> dict[str, Any]:
     ray_serve.start(http_options={"host": recipe.host, "port": recipe.port}, logging_config=quiet)
     try:
         ray_serve.run(bind(plan, recipe), name=NAME, route_prefix="/", logging_config=quiet)
-    except RuntimeError as error:  # Serve's own: a replica could not start, with the reason in its text
-        raise ClusterError(f"the endpoint did not start: {error}") from None
+    except RuntimeError as error:  # Serve's own
+        raise ClusterError(f"the endpoint did not start: {reason() or error}") from None
     host = f"[{recipe.host}]" if ":" in recipe.host else recipe.host
     host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # noqa: S104  an address to listen on, not to ask
     url = f"http://{host}:{recipe.port}/v1"
     # asked over HTTP: a handle in this process would keep calling the controller while that shuts down
     listed = httpx.get(f"{url}/models", timeout=READY_TIMEOUT_S, trust_env=False).raise_for_status().json()
     return {"url": url, "models": [card["id"] for card in listed["data"]]}
+
+
+def reason(application: str = NAME) -> str | None:
+    """What a replica that could not start said last; Serve's own error only names its deployment."""
+    known = ray_serve.status().applications.get(application)
+    for deployment in known.deployments.values() if known else ():
+        lines = [line for line in deployment.message.splitlines() if line and not line.startswith(" ")]
+        if deployment.status == "DEPLOY_FAILED" and lines:
+            return str(lines[-1])
+    return None
+
+
+def lacking(plan: Plan, recipe: ServeRecipe) -> str | None:
+    """What the cluster has too little of for the engines: Serve would wait for it without a word."""
+    wanted = {"CPU": 0.0, "GPU": 0.0}
+    for names in plan.groups:
+        own = plan.members[names[0]].engine or recipe.engine
+        apart = brings_its_deployment(own) is not None
+        wanted["CPU"] += own["cpus"] if apart else recipe.cpus
+        wanted["GPU"] += own["gpus"] if apart else recipe.gpus
+    have = ray.cluster_resources()
+    for kind, amount in wanted.items():
+        if amount > have.get(kind, 0.0):
+            problem = f"the engines ask for {amount:g} {kind}s, and the cluster has {have.get(kind, 0.0):g}"
+            return f"{problem}; give engines smaller shares (cpus:, gpus:), or let several members share one"
+    return None
 
 
 def down() -> None:

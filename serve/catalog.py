@@ -59,6 +59,8 @@ class Catalog:
         if lacking is not None:
             raise ConfigError("strategy", f"{default['kind']} needs {lacking}", "serve a swarm that has it, or single")
         for alias, name in aliases.items():
+            if alias in self._configs:
+                raise ConfigError(f"aliases.{alias}", "is a model's own name", "another alias")
             if name not in self._configs:
                 raise ConfigError(f"aliases.{alias}", f"no model {name!r} is served", did_you_mean(name, self._configs))
         self._aliases = dict(aliases)
@@ -78,11 +80,11 @@ class Catalog:
         """
         asked, name = name, self._aliases.get(name, name)
         if name not in self._configs:
-            raise ModelNotFoundError(
-                f"The model {reprlib.repr(name)} does not exist here ({did_you_mean(name, self.names())})",
-                param="model",
-                code="model_not_found",
-            )
+            kind, why = name.removeprefix(f"{SWARM}/"), did_you_mean(name, self.names())
+            if name != kind and kind in registry.kinds("strategy"):
+                why = f"it needs {_strategy({'kind': kind}).missing(self.members, self.context)}"
+            problem = f"The model {reprlib.repr(name)} does not exist here ({why})"
+            raise ModelNotFoundError(problem, param="model", code="model_not_found")
         strategy = self._strategy(self._configs[name], options or {})
         kind = str(self._configs[name]["kind"])
         members = {name: self.members[name]} if name in self.members else self.members

@@ -8,14 +8,10 @@ from ray import serve as ray_serve
 from ray.serve.handle import DeploymentHandle
 
 from serve.api.openai import build_app
-from serve.catalog import Catalog
-from serve.contracts import Engine, Member, SwarmContext
+from serve.contracts import Engine
 from serve.member import EngineHost, RemoteEngine
 from serve.metrics import gather, recorder
-from serve.plan import Plan
-from ulm.checkpoints import store
-from ulm.swarm.router import Router
-from ulm.tokenizers.tokenizer import Tokenizer
+from serve.plan import Plan, catalog_of
 
 
 @ray_serve.deployment(max_ongoing_requests=1_000, ray_actor_options={"num_cpus": 0})
@@ -35,15 +31,7 @@ class Gateway:
                 by_member |= dict.fromkeys(names, self._host.engine)
             else:  # strategies stop waiting first: they know whom else to ask
                 by_member |= dict.fromkeys(names, RemoteEngine(handle, 2 * plan.patience_s))
-        members = {}
-        for name, planned in plan.members.items():
-            context_tokens = planned.context_tokens or store.read_spec(planned.checkpoint).context_tokens
-            tokenizer = Tokenizer.read(planned.checkpoint)
-            members[name] = Member(name, by_member[name], tokenizer, context_tokens, planned.cluster, planned.domain)
-        router = Router.load(plan.router) if plan.router else None
-        context = SwarmContext(router, plan.fallback, patience_s=plan.patience_s)
-        operators = (plan.strategy, plan.budget, plan.limits, plan.aliases, plan.defaults)
-        self._catalog = Catalog(members, context, *operators)
+        self._catalog = catalog_of(plan, by_member)
 
     async def check_health(self) -> None:
         """Loads the members of an engine of its own at the first call."""

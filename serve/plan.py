@@ -7,13 +7,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from serve.catalog import SWARM, within
+from serve.catalog import Catalog, within
+from serve.contracts import Engine, Member, SwarmContext
 from ulm import registry
 from ulm.checkpoints import store
 from ulm.checkpoints.manifest import read_manifest, verify
 from ulm.errors import ConfigError, did_you_mean
 from ulm.recipes.serve import PATIENCE_S, Budget, Defaults, Limits, ServeRecipe
 from ulm.swarm.manifest import SEED, Swarm
+from ulm.swarm.router import Router
+from ulm.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,7 @@ def make_plan(recipe: ServeRecipe, *, root: Path, near: Path | None) -> Plan:
         if name not in members:
             raise ConfigError(f"fallback.{number}", f"no member {name!r} is served", did_you_mean(name, members))
     within(recipe.limits, strategy)
-    _check_names(recipe, members)
-    return Plan(
+    plan = Plan(
         members,
         groups,
         strategy,
@@ -95,19 +97,21 @@ def make_plan(recipe: ServeRecipe, *, root: Path, near: Path | None) -> Plan:
         recipe.aliases,
         recipe.defaults,
     )
+    nobody: Any = None
+    catalog_of(plan, dict.fromkeys(members, nobody))  # what is wrong with it is said here, before processes start
+    return plan
 
 
-def _check_names(recipe: ServeRecipe, members: Mapping[str, PlannedMember]) -> None:
-    """ConfigError for an alias of nothing or in another's place, and for defaults of nothing."""
-    names = {*members, SWARM, *(f"{SWARM}/{kind}" for kind in registry.kinds("strategy"))}
-    for alias, name in recipe.aliases.items():
-        if alias in names:
-            raise ConfigError(f"aliases.{alias}", "is a model's own name", "another alias")
-        if name not in names:
-            raise ConfigError(f"aliases.{alias}", f"no model {name!r} is served", did_you_mean(name, names))
-    for name in recipe.defaults:
-        if name not in names and name not in recipe.aliases:
-            raise ConfigError(f"defaults.{name}", "no such model is served", did_you_mean(name, names))
+def catalog_of(plan: Plan, engines: Mapping[str, Engine]) -> Catalog:
+    """What the endpoint offers, by the engine of each member. ConfigError where a strategy or a name leads nowhere."""
+    members = {}
+    for name, planned in plan.members.items():
+        context_tokens = planned.context_tokens or store.read_spec(planned.checkpoint).context_tokens
+        tokenizer = Tokenizer.read(planned.checkpoint)
+        members[name] = Member(name, engines[name], tokenizer, context_tokens, planned.cluster, planned.domain)
+    router = Router.load(plan.router) if plan.router else None
+    context = SwarmContext(router, plan.fallback, patience_s=plan.patience_s)
+    return Catalog(members, context, plan.strategy, plan.budget, plan.limits, plan.aliases, plan.defaults)
 
 
 def _with_engines(

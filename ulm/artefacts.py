@@ -99,6 +99,8 @@ def new_folder(place: Path) -> Iterator[Path]:
     try:
         yield partial
         for file in partial.rglob("*"):
+            if file.is_file():
+                file.chmod(0o644)  # safetensors writes 0600, which other users of a shared root could not read
             _sync(file)
         _sync(partial)
         partial.chmod(0o755)

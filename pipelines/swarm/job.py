@@ -46,6 +46,7 @@ def train_swarm(
     *,
     root: Path,
     near: Path | None = None,
+    whole: TrainTask | None = None,
     on_progress: OnProgress | None = None,
     on_event: Callable[[str, Event], None] | None = None,
 ) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def train_swarm(
     def of_clustering(stage: str, done: int, total: int | None, note: str) -> None:
         report(stage, done, total or 1, {})
 
-    plan = plan_swarm(recipe, root=root, near=near, over=over_ray(None), progress=of_clustering)
+    plan = plan_swarm(recipe, root=root, near=near, whole=whole, over=over_ray(None), progress=of_clustering)
     _check(recipe, plan.tasks())
     _train_seed(recipe, plan, report, on_event)
     if not folder.is_finished(plan.seed):

@@ -55,25 +55,16 @@ def plan_swarm(
     *,
     root: Path,
     near: Path | None = None,
+    whole: TrainTask | None = None,
     over: Over = one_by_one,
     progress: Progress | None = None,
 ) -> Plan:
     """The runs that a recipe means, with its clusterings made or found. ConfigError where they cannot be trained.
 
-    `over` and `progress`: for the clustering, see pipelines/corpus/over.py.
+    `whole` is the recipe's `whole_run`, for who has it. `over` and `progress`: see pipelines/corpus/over.py.
     """
-    whole = resolve(one_run(recipe), root=root, near=near)
-    expert_steps = round(whole.num_steps * (1 - recipe.seed_share)) // recipe.experts
-    seed_steps = whole.num_steps - expert_steps * recipe.experts
-    if expert_steps < 1 or seed_steps < 1:
-        problem = f"{whole.num_steps} steps are too few for a seed and {recipe.experts} experts"
-        raise ConfigError("train", problem, f"at least {4 * recipe.experts} steps, or fewer experts")
-    if recipe.reassign and expert_steps < 2:
-        problem = f"{whole.num_steps} steps leave one for each of {recipe.experts} experts, and it needs two passes"
-        raise ConfigError("reassign", problem, "a longer training, or reassign: false")
-    if recipe.parallel and max(recipe.train.worker_counts) > 1:
-        problem = f"runs go side by side with one worker each, but train.workers is {recipe.train.workers}"
-        raise ConfigError("parallel", problem, "give one of the two")
+    whole = whole or whole_run(recipe, root=root, near=near)
+    seed_steps, expert_steps = _steps(recipe, whole)
     corpus = Corpus.read(whole.corpus, verify=False)  # `resolve` has read all of it
 
     def run(suffix: str, num_steps: int, decay_share: float, **changes: Any) -> TrainTask:
@@ -128,6 +119,28 @@ def plan_swarm(
     else:
         of_experts = experts("e", clusters)
     return Plan(corpus, clusters, random_clusters, seed, of_experts, dense, dense_flops, random, second_steps)
+
+
+def whole_run(recipe: SwarmRecipe, *, root: Path, near: Path | None = None) -> TrainTask:
+    """One run as long as all of the swarm's; ConfigError for what is wrong with a recipe, before anything is made."""
+    whole = resolve(one_run(recipe), root=root, near=near)
+    seed_steps, expert_steps = _steps(recipe, whole)
+    if expert_steps < 1 or seed_steps < 1:
+        problem = f"{whole.num_steps} steps are too few for a seed and {recipe.experts} experts"
+        raise ConfigError("train", problem, f"at least {4 * recipe.experts} steps, or fewer experts")
+    if recipe.reassign and expert_steps < 2:
+        problem = f"{whole.num_steps} steps leave one for each of {recipe.experts} experts, and it needs two passes"
+        raise ConfigError("reassign", problem, "a longer training, or reassign: false")
+    if recipe.parallel and max(recipe.train.worker_counts) > 1:
+        problem = f"runs go side by side with one worker each, but train.workers is {recipe.train.workers}"
+        raise ConfigError("parallel", problem, "give one of the two")
+    return whole
+
+
+def _steps(recipe: SwarmRecipe, whole: TrainTask) -> tuple[int, int]:
+    """Of the seed, and of each expert."""
+    expert_steps = round(whole.num_steps * (1 - recipe.seed_share)) // recipe.experts
+    return whole.num_steps - expert_steps * recipe.experts, expert_steps
 
 
 def one_run(recipe: SwarmRecipe) -> TrainRecipe:

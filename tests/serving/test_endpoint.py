@@ -167,6 +167,23 @@ def test_a_port_in_use_is_an_error_with_a_remedy() -> None:
             app.check_port("127.0.0.1", port)
 
 
+@pytest.mark.slow
+def test_what_a_replica_that_cannot_start_said_is_the_reason(served: dict[str, Any], tmp_path: Path) -> None:
+    from ray import serve as ray_serve
+
+    from serve import app
+    from serve.member import EngineReplica
+
+    bound = EngineReplica.options(name="wrong").bind({"kind": "echo"}, {"a": str(tmp_path)})  # type: ignore[attr-defined]
+    try:
+        with pytest.raises(RuntimeError, match="Failed to update the deployments"):
+            ray_serve.run(bound, name="wrong", route_prefix=None)
+        found = app.reason("wrong")
+        assert found is not None and str(tmp_path) in found
+    finally:
+        ray_serve.delete("wrong")
+
+
 def test_an_engine_whose_process_dies_fails_its_calls_at_once_and_cancelled_calls_end_there(
     served: dict[str, Any], swarm: Swarm
 ) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from serve.plan import make_plan
+from serve import app
+from serve.plan import catalog_of, make_plan
 from tests.small_members import small_member
 from ulm import registry, runtime
 from ulm.checkpoints.manifest import read_manifest
-from ulm.errors import ArtefactError, ConfigError
+from ulm.errors import ArtefactError, ConfigError, ModelNotFoundError
 from ulm.recipes import ServeRecipe
 from ulm.recipes.base import validate
 from ulm.swarm.manifest import Swarm
@@ -149,3 +150,50 @@ def test_a_missing_member_and_a_reserved_name_are_refused_by_place(root: Path) -
         recipe(members={"swarm": {"checkpoint": "x"}})
     with pytest.raises(ConfigError, match="give either swarm or members"):
         recipe()
+
+
+def test_a_strategy_without_what_it_needs_and_names_that_lead_nowhere_are_refused_before_anything_starts(
+    swarm: Swarm, root: Path
+) -> None:
+    alone = {"members": {"a": {"checkpoint": str(swarm.checkpoint("e00"))}}}
+    of_swarm = {"swarm": str(swarm.folder)}
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({**alone, "strategy": {"kind": "mixture"}}, "strategy: mixture needs a router and its experts"),
+        ({**of_swarm, "aliases": {"e00": "seed"}}, "aliases.e00: is a model's own name"),
+        ({**of_swarm, "aliases": {"gpt-4o": "swarm/rout"}}, "aliases.gpt-4o: no model 'swarm/rout' is served"),
+        ({**alone, "aliases": {"gpt-4o": "swarm/route"}}, "aliases.gpt-4o: no model 'swarm/route' is served"),
+        ({**of_swarm, "defaults": {"e07": {"top_k": 3}}}, "defaults.e07: no such model is served"),
+    ]
+    for fields, problem in wrong:
+        with pytest.raises(ConfigError) as error:
+            make_plan(recipe(**fields), root=root, near=None)
+        assert str(error.value).startswith(problem)
+
+
+def test_a_model_that_lacks_something_here_says_what(swarm: Swarm, root: Path) -> None:
+    plan = make_plan(recipe(members={"a": {"checkpoint": str(swarm.checkpoint("e00"))}}), root=root, near=None)
+    nobody: Any = None
+    with pytest.raises(
+        ModelNotFoundError, match="swarm/mixture' does not exist here .it needs a router and its experts"
+    ):
+        catalog_of(plan, {"a": nobody}).model("swarm/mixture")
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({}, None),
+        ({"gpus": 1.0}, "the engines ask for 1 GPUs, and the cluster has 0; give engines smaller shares"),
+        ({"members_per_engine": 1}, "the engines ask for 4 CPUs, and the cluster has 2; "),
+        ({"members_per_engine": 1, "cpus": 0.5}, None),
+        ({"engines": {"e01": {**BY_VLLM, "gpus": 0.5}}}, "the engines ask for 0.5 GPUs, and the cluster has 0; "),
+    ],
+)
+def test_what_a_cluster_has_too_little_of_is_said_instead_of_waited_for(
+    swarm: Swarm, root: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], problem: str | None
+) -> None:
+    with_vllm(monkeypatch)
+    monkeypatch.setattr(app.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    asked = recipe(swarm=str(swarm.folder), **fields)
+    found = app.lacking(make_plan(asked, root=root, near=None), asked)
+    assert found is None if problem is None else found is not None and found.startswith(problem)

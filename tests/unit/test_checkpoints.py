@@ -116,8 +116,12 @@ def test_a_checkpoint_is_found_by_step_run_and_name(trained, root, tmp_path):
     for text in (str(place), str(place.parent), "a", "runs/a", "runs/a/step-00000001", "good"):
         assert store.resolve(text, root=root) == place.resolve(), text
     assert store.resolve("step-00000001", root=root, near=place.parent) == place.resolve()
-    with pytest.raises(ConfigError, match=r"init_from: no checkpoint 'goof' .*there are: a, good"):
+    with pytest.raises(ConfigError, match=r"init_from: no checkpoint 'goof' .*; did you mean 'good'"):
         store.resolve("goof", root=root, place="init_from")
+    (root / "swarms" / "names").mkdir(parents=True)
+    (root / "swarms" / "names" / "mine").write_text("anything", encoding="utf-8")
+    with pytest.raises(ConfigError, match="mine is a swarm, not one checkpoint .*`ulm swarm show mine` lists them"):
+        store.resolve("mine", root=root)
     (root / "runs" / "b" / "step-00000002").mkdir(parents=True)
     with pytest.raises(ConfigError, match="checkpoint: b: no complete checkpoint in this folder"):
         store.resolve("b", root=root)

@@ -82,7 +82,7 @@ def test_every_reason_of_a_call_and_every_metric_of_a_ledger_is_named():
     told = set()
     ledger = Ledger("route", [Call("e00", 1, "routed")], degraded=["cut short: no member is left to go on"])
     record_ledger(lambda metric, value, tags: told.add(metric), ledger)
-    assert set(re.findall(r"`(ulm_\w+)`", text)) == told
+    assert set(re.findall(r"`ray_(ulm_\w+)`", text)) == told
 
 
 def test_the_recipe_of_one_expert_more_is_one(tmp_path):

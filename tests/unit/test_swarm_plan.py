@@ -5,11 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import ulm
 from pipelines.swarm import widen
 from pipelines.swarm.plan import Plan, plan_swarm
 from tests.written_corpus import write_kinds
+from ulm.cli import swarm
+from ulm.cli.main import app
 from ulm.corpus.manifest import Corpus
 from ulm.errors import ConfigError
 from ulm.models.account import forward_flops_per_token, on_meta, train_flops_per_token
@@ -145,6 +148,21 @@ def test_what_cannot_be_trained_is_refused_before_anything_starts(home, changes,
         changes = {**changes, "train": {"steps": 5_000}}
     with pytest.raises(ConfigError, match=message):
         plan(home, **changes)
+
+
+def test_the_command_says_what_is_wrong_before_ray_starts(home, tmp_path, monkeypatch):
+    def no_ray(*_: Any) -> Any:
+        raise AssertionError("Ray is not asked for")
+
+    monkeypatch.setenv("ULM_HOME", str(home))
+    monkeypatch.setattr(swarm, "session", no_ray)
+    for text, said in (
+        ("corpus: tinny\ntrain: {steps: 9}", "no corpus 'tinny'"),
+        ("corpus: tiny\ntrain: {steps: 1}", "too few"),
+    ):
+        (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
+        done = CliRunner().invoke(app, ["swarm", "train", str(tmp_path / "a.yaml")])
+        assert isinstance(done.exception, ConfigError) and said in str(done.exception)
 
 
 def test_a_swarm_takes_the_optimizer_that_its_preset_proposes(home):

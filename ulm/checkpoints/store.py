@@ -27,7 +27,7 @@ from ulm.checkpoints.manifest import (
     verify,
     write_manifest,
 )
-from ulm.errors import ArtefactError, ConfigError
+from ulm.errors import ArtefactError, ConfigError, did_you_mean
 from ulm.spec import ModelSpec
 from ulm.tokenizers.tokenizer import FILES as TOKENIZER_FILES
 from ulm.tokenizers.tokenizer import Tokenizer
@@ -81,8 +81,11 @@ def resolve(text: str, *, root: Path, near: Path | None = None, place: str = "ch
             return step.resolve()
     if any(c.is_dir() for c in candidates):
         raise ConfigError(place, f"{text}: no complete checkpoint in this folder", "train it first")
+    if (swarm := root / "swarms" / "names" / given).is_file():
+        remedy = f"one of its members' runs, as `ulm swarm show {text}` lists them"
+        raise ConfigError(place, f"{swarm.name} is a swarm, not one checkpoint", remedy)
     known = sorted({*artefacts.names(root / "models"), *(p.parent.name for p in (root / "runs").glob("*/step-*"))})
-    remedy = "a step directory, a run or a name under models/; there are: " + (", ".join(known) or "none yet")
+    remedy = f"a step directory, a run or a name under models/; {did_you_mean(text, known or ['none yet'])}"
     raise ConfigError(place, f"no checkpoint {text!r}", remedy)
 
 

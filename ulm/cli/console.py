@@ -104,6 +104,9 @@ class Bars:
             # From where it stands: a run that is resumed has not made its first steps in no time.
             task = self._progress.add_task(name, total=total, completed=done, **shown)
             bar = self._bars[name] = _Bar(task, begun_s=now_s, first=done, said_s=now_s)
+        elif not bar.has_moved and done > bar.first:
+            # What came before the first step (workers started, text read, a model compiled) says nothing of the rate.
+            bar.first, bar.begun_s, bar.has_moved = done, now_s, True
         elif now_s - bar.drawn_s < DRAW_EVERY_S and done != total:
             return
         bar.drawn_s = now_s
@@ -142,6 +145,7 @@ class _Bar:
     said_s: float  # when a line was last printed
     said: int = -1  # and where it stood then
     drawn_s: float = 0.0
+    has_moved: bool = False
 
     def is_due(self, done: int, total: int | None, now_s: float) -> bool:
         """Whether to print a line: at the end, after each tenth of a longer work, and every half minute."""

@@ -46,7 +46,10 @@ def add_to(app: typer.Typer) -> None:
 def export(
     checkpoint: Checkpoint,
     target: Annotated[Path, typer.Argument(help="A folder, or a .gguf file, to make.", show_default=False)],
-    to: Annotated[To, typer.Option(help="hf: a Hugging Face folder; gguf: a file for llama.cpp.")] = To.hf,
+    to: Annotated[
+        To | None,
+        typer.Option(help="hf: a Hugging Face folder; gguf: a file for llama.cpp. Default: as the target's name ends."),
+    ] = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of the weights. Default: float32, of a gguf float16; q8_0 is gguf's.")
     ] = None,
@@ -69,10 +72,19 @@ def export(
     from ulm.exchange import export as exchange
 
     root = runtime.root()
+    to = to or (To.gguf if target.suffix == ".gguf" else To.hf)
     found = store.resolve(checkpoint, root=root, near=Path.cwd())
     with console.bars() as bars:
         bars.step("export", 0, 1, {})
-        done = exchange.export(found, target, root=root, to=to, dtype=dtype, scheme=quantize, licence=licence)
+        done = exchange.export(
+            found,
+            target,
+            root=root,
+            to=to.value,
+            dtype=dtype.value if dtype else None,
+            scheme=quantize.value if quantize else None,
+            licence=licence,
+        )
         bars.step("export", 1, 1, {})
     for note in done.notes:
         console.err.print(note, soft_wrap=True, markup=False)

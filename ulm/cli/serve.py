@@ -67,6 +67,10 @@ def up(
     serve_app.check_port(loaded.host, loaded.port)
     out = sys.stdout
     with cluster.session(root, address, dashboard=True) as joined:
+        if (too_little := serve_app.lacking(plan, loaded)) is not None:
+            if joined.is_own:
+                raise ClusterError(too_little)
+            console.err.print(f"[yellow]waiting for the cluster to grow[/]: {too_little}", soft_wrap=True)
         try:
             with console.err.status("starting the engines"):
                 started = serve_app.up(plan, loaded)

@@ -36,10 +36,12 @@ def train(recipe: Recipe, overrides: Overrides = [], address: Address = None) ->
     loaded = cast(SwarmRecipe, load_recipe("swarm train", recipe, overrides))
     root = runtime.root()
     from pipelines.swarm import job as swarm_job
+    from pipelines.swarm.plan import whole_run
 
+    whole = whole_run(loaded, root=root, near=recipe.parent)  # what is wrong is said before Ray starts
     with session(root, address), console.bars() as bars:
         result = swarm_job.train_swarm(
-            loaded, root=root, near=recipe.parent, on_progress=bars.step, on_event=bars.event
+            loaded, root=root, near=recipe.parent, whole=whole, on_progress=bars.step, on_event=bars.event
         )
     if "bits_per_byte" in result:
         console.err.print(comparison(result["bits_per_byte"]))

@@ -64,7 +64,7 @@ _MEMORY = ("weights", "gradients", "optimizer", "average", "activations", "check
 def runs(found: list[dict[str, Any]]) -> RenderableType:
     """All runs, a line each, narrow enough for 80 columns."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("run", overflow="fold", min_width=min(16, max((len(run["run"]) for run in found), default=0)))
+    table.add_column("run", overflow="fold", min_width=min(20, max((len(run["run"]) for run in found), default=0)))
     for title in ("status", "started"):
         table.add_column(title, no_wrap=True)
     for title in ("size", "step", "loss", "bpb", "tok/s"):

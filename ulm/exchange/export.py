@@ -14,7 +14,7 @@ from ulm.checkpoints.manifest import read_manifest
 from ulm.corpus.manifest import Corpus
 from ulm.errors import ArtefactError, ConfigError, UnsupportedError
 from ulm.exchange.card import Format, card, facts_of
-from ulm.exchange.folder import empty
+from ulm.exchange.folder import empty, writing
 from ulm.exchange.gguf import export_gguf
 from ulm.exchange.hf import export_hf, fitting
 from ulm.exchange.own import export_own, vllm_refusals
@@ -55,10 +55,14 @@ def export(
     if to == "gguf":
         if scheme is not None:
             raise ConfigError("quantize", f"{scheme} is of Hugging Face folders", "--dtype q8_0 for a file")
-        path = export_gguf(model, tokenizer, target, dtype=dtype or "float16")
+        with writing(Path(target)):
+            path = export_gguf(model, tokenizer, target, dtype=dtype or "float16")
         return Exported(path, "gguf", fitting(model.spec)[0].name)
-    dtype = dtype or "float32"
-    target, notes = empty(target), []
+    if dtype == "q8_0":
+        raise ConfigError("dtype", "q8_0 is of files for llama.cpp", "--to gguf, or --quantize for a folder")
+    dtype, notes = dtype or "float32", []
+    with writing(Path(target)):
+        target = empty(target)
     kind: Format = "hf"
     try:
         architecture = fitting(model.spec)[0].name
@@ -69,17 +73,23 @@ def export(
         notes = [f"{no_stock}; the folder brings its own modelling code"]
         notes += [f"vLLM cannot run it, our own engine can: {reason}" for reason in vllm_refusals(model.spec)]
     cost, found = None, facts_of(checkpoint, root)
-    with artefacts.new_folder(target) as partial, TemporaryDirectory(dir=target.parent, prefix=".export-") as whole:
+    with writing(target), artefacts.new_folder(target) as partial:
         if scheme is None:
             (export_hf if kind == "hf" else export_own)(model, tokenizer, partial, dtype=dtype)
         else:
-            quantize(export_hf(model, tokenizer, Path(whole) / "hf", dtype=dtype), partial, scheme=scheme)
+            # Beside the target, where there is room, and named as what a kill may leave is.
+            place, name = target.parent, f"{target.name}."
+            with TemporaryDirectory(dir=place, prefix=name, suffix=artefacts.PARTIAL) as whole:
+                quantize(export_hf(model, tokenizer, Path(whole) / "hf", dtype=dtype), partial, scheme=scheme)
             if texts := list(_held_out(checkpoint, root)):
                 cost = change(model, tokenizer, texts, scheme=scheme, dtype=dtype)
             else:
                 notes.append("what rounding costs was not measured: the corpus is not here, or holds no text back")
         about = replace(found, format=kind, architecture=architecture, dtype=dtype, change=cost, licence=licence)
         (partial / CARD).write_text(card(about), encoding="utf-8")
+        made = partial.stat().st_ino
+    if target.stat().st_ino != made:
+        raise ConfigError(str(target), "was made by somebody else meanwhile", "name a new folder")
     return Exported(target, kind, architecture, tuple(notes), cost)
 
 

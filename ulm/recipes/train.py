@@ -12,6 +12,7 @@ from ulm.recipes.clustering import Clustering
 from ulm.recipes.serve import MemberId
 from ulm.registry import configure
 
+LENGTHS = ("steps", "tokens", "tokens_per_parameter")
 MAX_WORKERS = 10_000
 MAX_TOKENS = 10**18  # of a run; larger numbers are mistakes, and no 64-bit counter holds them
 
@@ -56,8 +57,12 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
-        if sum(v is not None for v in (self.steps, self.tokens, self.tokens_per_parameter)) != 1:
-            raise ConfigError("train", "needs exactly one of steps, tokens, tokens_per_parameter", "train: {steps: 30}")
+        given = [name for name in LENGTHS if getattr(self, name) is not None]
+        if len(given) > 1:
+            problem = f"has {' and '.join(given)}, which both say how long it is"
+            raise ConfigError("train", problem, f"one of them; --set train.{given[0]}=null leaves the other")
+        if not given:
+            raise ConfigError("train", f"needs one of {', '.join(LENGTHS)}", "train: {steps: 30}")
         return self
 
     @field_validator("workers", mode="before")
