@@ -477,7 +477,7 @@ def test_every_setting_stands_on_the_page_with_its_default_and_its_recipes_are_w
     assert {name: None if value == "none" else value for name, value in listed.items()} == fields
     recipes = re.findall(r"^```yaml\n(.*?)^```", PAGE.text, re.DOTALL | re.MULTILINE)
     kinds = [set(validate(ServeRecipe, {"name": "t", **yaml.safe_load(text)}).own_engines()) for text in recipes]
-    assert kinds == [{"large"}, {"seed"}]
+    assert kinds == [{"large"}, {"e00"}]
 
 
 def test_the_pages_refusal_is_the_one_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -486,6 +486,14 @@ def test_the_pages_refusal_is_the_one_given(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ConfigError) as refused:
         settle(Config(kind="vllm", kv_cache_bytes=65_536), [spec], "float32", "members.large.engine")
     assert f"> {refused.value}" in PAGE.section("Memory").splitlines()
+
+
+def test_cards_that_cannot_share_the_heads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "has_vllm", lambda: True)
+    spec = ModelSpec.preset("nano", attention={"num_heads": 4, "num_kv_heads": 2})
+    with pytest.raises(ConfigError, match=r"engine\.gpus: 3 cards cannot share 4 heads equally"):
+        settle(Config(kind="vllm", gpus=3), [spec], "float32", "engine")
+    assert settle(Config(kind="vllm", gpus=2), [spec], "float32", "engine").tensor_parallel == 2
 
 
 def test_cards_are_shares_of_one_or_whole() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from ulm.errors import ConfigError
+from ulm.errors import ArtefactError, ConfigError
 from ulm.tokenizers.tokenizer import END_OF_TEXT, Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -22,6 +25,15 @@ def checked(model: Any, tokenizer: Tokenizer, folder: Path | str, dtype: str) ->
         sizes = f"has {tokenizer.vocab_size} tokens, the model {model.vocab_size}"
         raise ConfigError("tokenizer", sizes, "export a model with the tokenizer it was trained with")
     return empty(folder)
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """ArtefactError where the block cannot write: a full disk, a folder of somebody else's, a name that is too long."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ArtefactError(f"{place}: cannot be written: {error}") from None
 
 
 def empty(folder: Path | str) -> Path:

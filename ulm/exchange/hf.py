@@ -15,7 +15,7 @@ from ulm import artefacts, registry
 from ulm.errors import ConfigError, UnsupportedError
 from ulm.exchange.contract import Architecture
 from ulm.exchange.folder import DTYPES, checked, write_config, write_tokenizer
-from ulm.exchange.plain import Plain, differences, plain
+from ulm.exchange.plain import Plain, by_layer, differences, plain
 from ulm.exchange.rewrites import Rewrite
 from ulm.exchange.weights import Weights, exported
 from ulm.spec import ModelSpec
@@ -90,6 +90,8 @@ def fitting(spec: ModelSpec) -> tuple[Architecture, tuple[Rewrite, ...]]:
 
 def refusals(architecture: Architecture, settings: Plain) -> list[str]:
     """What an architecture does not have of a model, by what its own config.json would mean; empty where it has all."""
+    if 1 in by_layer(settings, "attention.window_tokens"):
+        return ["attention.window_tokens is 1, of which transformers' caches keep every token"]
     try:
         config = architecture.config(settings)
         meant = plain(ModelSpec.parse(architecture.fields({**architecture.defaults, **config})))

@@ -102,9 +102,9 @@ def _settings(slot: str, config: KindConfig) -> Plain:
 
 
 def one(settings: Plain, key: str, default: Any = None) -> Any:
-    """The value of a setting, of the first layer where layers differ."""
+    """The value of a setting, of the first layer that has it where layers differ."""
     value = settings.get(key, default)
-    return value[0] if isinstance(value, tuple) else value
+    return next((of for of in value if of is not None), default) if isinstance(value, tuple) else value
 
 
 def by_layer(settings: Plain, key: str) -> tuple[Any, ...]:

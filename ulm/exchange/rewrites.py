@@ -70,11 +70,12 @@ def with_sharper_queries(settings: Plain, weights: Weights) -> tuple[Plain, Weig
     """YaRN's factor of queries and keys in the weights of the queries alone, squared: arXiv 2309.00071, section 3.3."""
     found, turnings = dict(weights), by_layer(settings, "position.turning")
     plain: list[Turning | None] = []
-    for layer, turning in enumerate(turnings):
-        if turning is None or turning.length == 1 or not isinstance(turning.config, RopeConfig):
+    for layer, (turning, width) in enumerate(zip(turnings, by_layer(settings, "attention.head_dim"), strict=True)):
+        # Attention by sums has no scores to sharpen, and no width here.
+        if turning is None or turning.length == 1 or not isinstance(turning.config, RopeConfig) or width is None:
             plain.append(turning)
             continue
-        block, width = f"blocks.{layer}.attention.", one(settings, "attention.head_dim")
+        block = f"blocks.{layer}.attention."
         factors_E = torch.ones(width)
         factors_E[: 2 * len(turning.frequencies)] = turning.length**2
         names = (

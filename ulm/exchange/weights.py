@@ -89,7 +89,12 @@ def imported(weights: Mapping[str, Tensor], rules: Iterable[Rule], unused: Calla
     for rule in rules:
         if rule.theirs not in left:
             raise ArtefactError(f"model.safetensors: no tensor {rule.theirs}")
-        found |= dict(zip(rule.ours, rule.part(left.pop(rule.theirs)), strict=True))
+        whole = left.pop(rule.theirs)
+        try:
+            found |= dict(zip(rule.ours, rule.part(whole), strict=True))
+        except RuntimeError:  # of torch: rows that cannot be parted so
+            problem = f"{rule.theirs} is {list(whole.shape)}, and config.json means another shape"
+            raise ArtefactError(f"model.safetensors: {problem}") from None
     foreign = [name for name in left if not unused(name)]
     if foreign:
         raise ArtefactError(f"model.safetensors: {len(foreign)} tensors that the model has no place for: {foreign[0]}")

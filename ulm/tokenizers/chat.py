@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
+import jinja2.ext
 import jinja2.runtime
 import jinja2.sandbox
 
 from ulm.errors import ConfigError, RequestError
+
+END_OF_TEXT = "<|endoftext|>"
 
 # Before any tuning a chat is text with names; the stop string is part of the convention.
 CHAT_TEMPLATE = (
@@ -21,8 +25,18 @@ CHAT_STOP = "\nUser:"
 
 MAX_STEPS, MAX_CHARS, MAX_POWER = 10_000, 1_000_000, 1_000  # what loops over ranges, a product and a power may come to
 
-# What a template's own expressions raise, beside Jinja's: 1 / 0, "a" + 1, range beyond the sandbox's bound.
-FAULTS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+# What else transformers gives a template of an exported folder: its special tokens, and nothing that was not asked for.
+AS_IN_TRANSFORMERS = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT) | {
+    "tools": None,
+    "documents": None,
+}
+
+# What a template's own expressions raise, beside Jinja's: 1 / 0, "a" + 1, range beyond the sandbox's bound. Blocks
+# within blocks, two dozen deep, are beyond Python's own compiler.
+FAULTS = (
+    *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError),
+    *(SyntaxError, MemoryError),
+)
 
 
 def render_chat(template: str, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
@@ -31,6 +45,7 @@ def render_chat(template: str, messages: Sequence[Mapping[str, str]], *, add_gen
     Raises RequestError for a template that fails on these messages.
     """
     given = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, "range": _bounded_range()}
+    given |= AS_IN_TRANSFORMERS
     try:
         return _compiled(template).render(given)
     except FAULTS as error:
@@ -59,8 +74,20 @@ def check_template(template: str) -> None:
 
 @lru_cache(maxsize=16)  # a corpus renders one template a hundred thousand times
 def _compiled(template: str) -> jinja2.Template:
-    # the block trimming of transformers, so that an exported or imported template renders the same there
-    return _Sandbox(trim_blocks=True, lstrip_blocks=True).from_string(template)
+    # the trimming, tags and functions of transformers, so that an exported or imported template renders the same there
+    sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+    sandbox.globals["raise_exception"] = _refuse
+    sandbox.filters["tojson"] = _as_json
+    return sandbox.from_string(template)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _as_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+    """JSON in which, other than in Jinja's own, nothing is spelled for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
 
 
 def _bounded_range() -> Callable[..., range]:

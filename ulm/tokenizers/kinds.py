@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from ulm.errors import UnknownCharacterError
 MAX_PIECE_CHARS = 64  # longer ones hardly come again
 MAX_PIECES = 1 << 17  # kept; about 200 bytes each
 NUM_CODE_POINTS = 0x110000
+ONLY_SPLIT = ("Split", "Digits", "Punctuation", "UnicodeScripts")  # others drop white space, or add to a text
 
 # Unicode's White_Space, which is \s in the pattern below (Python's \s has U+001C to U+001F too).
 _SPACE = r" \t\n\x0b\x0c\r\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -120,13 +122,24 @@ class Foreign(ByteLevel):
     def made(cls, inner: tokenizers.Tokenizer) -> bool:
         """Whether this Hugging Face tokenizer is of this kind."""
         in_form = inner.normalizer is None or isinstance(inner.normalizer, normalizers.NFC)
-        is_of_bytes = isinstance(inner.model, models.BPE) and "ByteLevel(" in repr(inner.pre_tokenizer)
-        adds_space = "add_prefix_space=True" in repr(inner.pre_tokenizer)
-        return in_form and is_of_bytes and not adds_space and isinstance(inner.decoder, decoders.ByteLevel)
+        is_of_bytes = isinstance(inner.model, models.BPE) and _spells_bytes(inner.pre_tokenizer)
+        return in_form and is_of_bytes and isinstance(inner.decoder, decoders.ByteLevel)
 
     def ids(self, text: str) -> NDArray[Any]:
         encoded = self._inner.encode_batch_fast([text], add_special_tokens=False)[0]  # fast: without offsets
         return np.array(encoded.ids, np.uint32)
+
+
+def _spells_bytes(pre_tokenizer: Any) -> bool:
+    """Whether it spells all of a text as bytes, once, and beside that only splits it."""
+    if pre_tokenizer is None:
+        return False
+    stored = json.loads(pre_tokenizer.__getstate__())
+    parts = stored["pretokenizers"] if stored["type"] == "Sequence" else [stored]
+    spelling = [part for part in parts if part["type"] == "ByteLevel"]
+    splitting = [part for part in parts if part["type"] in ONLY_SPLIT and part.get("behavior") != "Removed"]
+    is_all = len(spelling) == 1 and len(spelling) + len(splitting) == len(parts)
+    return is_all and not spelling[0]["add_prefix_space"]
 
 
 class Characters:

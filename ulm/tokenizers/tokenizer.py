@@ -18,9 +18,9 @@ from numpy.typing import DTypeLike, NDArray
 from ulm import artefacts
 from ulm.errors import ArtefactError, ConfigError
 from ulm.tokenizers.chat import CHAT_TEMPLATE, check_template, marked, render_chat
+from ulm.tokenizers.chat import END_OF_TEXT as END_OF_TEXT  # where all look for it
 from ulm.tokenizers.kinds import KINDS, Coder, kind_of
 
-END_OF_TEXT = "<|endoftext|>"
 FILES = ("tokenizer.json", "chat_template.jinja")
 # A letter beside a bar: no word of GPT-2's pattern spells it, so that no BPE can learn it as a token of text.
 SPECIAL = re.compile(r"<\|[A-Za-z][A-Za-z0-9_-]*\|>")

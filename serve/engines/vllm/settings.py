@@ -25,12 +25,16 @@ INSTALL = (
 class Config(KindConfig):
     """How one member is run by vLLM; each replica is some processes of its own."""
 
-    cpus: float = Field(1.0, gt=0)  # cores that it takes of Ray's, and whole ones of them as threads; fractions share
+    cpus: float = Field(
+        1.0, gt=0, le=4_096
+    )  # cores that it takes of Ray's, and whole ones of them as threads; fractions share
     # 0: it runs on the CPU. A fraction: so much of a card, for several members on it. 2 or more: tensor parallel.
-    gpus: float = Field(0.0, ge=0)
+    gpus: float = Field(0.0, ge=0, le=4_096)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the checkpoint has it
     context_tokens: int | None = Field(None, ge=2)  # None: the model's; fewer take less memory
-    kv_cache_bytes: int | None = Field(None, ge=1)  # of each replica; None: max_answers whole texts, at most 1 GiB
+    kv_cache_bytes: int | None = Field(
+        None, ge=1, le=1 << 50
+    )  # of each replica; None: max_answers whole texts, at most 1 GiB
     max_answers: int = Field(64, ge=1)  # choices worked on at once
     max_waiting: int = Field(1_024, ge=1)  # requests beyond it are refused
     enforce_eager: bool | None = None  # None: on a CPU, where compiling takes 20 s and gains a quarter
@@ -69,6 +73,10 @@ def settle(config: Config, specs: Sequence[ModelSpec], dtype: str, place: str) -
     if context_tokens > made_for:
         problem = f"{context_tokens} tokens; the model was made for {made_for}"
         raise ConfigError(f"{place}.context_tokens", problem, "as many or fewer, or leave it out")
+    for num_heads in {spec.num_heads for spec in specs}:
+        if num_heads % config.tensor_parallel:
+            problem = f"{config.gpus:g} cards cannot share {num_heads} heads equally"
+            raise ConfigError(f"{place}.gpus", problem, "a number that divides them")
     if config.dtype != "auto":
         dtype = config.dtype
     num_needed = sum(text_bytes(spec, context_tokens, dtype) for spec in specs)

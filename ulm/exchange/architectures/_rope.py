@@ -46,10 +46,19 @@ def given(config: dict[str, Any], theta: float = 10_000.0) -> dict[str, Any]:
     """The `rope_parameters` of a config.json; of older ones rope_theta and rope_scaling."""
     found = config.get("rope_parameters")
     if isinstance(found, dict) and found:
+        check_scaling(config, found)
         return {"rope_theta": config.get("rope_theta", theta), **found}
     scaling = config.get("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     return {"rope_theta": config.get("rope_theta", theta), **scaling, "rope_type": kind}
+
+
+def check_scaling(config: dict[str, Any], said: dict[str, Any]) -> None:
+    """ConfigError where the older rope_scaling, which transformers prefers, says other than these rope_parameters."""
+    for key, value in (config.get("rope_scaling") or {}).items():
+        if said.get("rope_type" if key == "type" else key) != value:
+            problem = f"{key} is {value!r}, and otherwise in rope_parameters"
+            raise ConfigError("config.json: rope_scaling", problem, "leave one of the two out")
 
 
 def position(said: dict[str, Any]) -> dict[str, Any]:

@@ -58,6 +58,8 @@ class Gemma3:
         if WHOLE not in said:
             local = {"rope_theta": config.get("rope_local_base_freq", 10_000.0)}
             said = {WHOLE: _rope.given(config, 1_000_000.0), WINDOW: local}
+        else:
+            _rope.check_scaling(config, said[WHOLE])
         kinds = config.get("layer_types") or [
             WINDOW if (n + 1) % GLOBAL_EVERY else WHOLE for n in range(config["num_hidden_layers"])
         ]

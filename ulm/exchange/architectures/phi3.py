@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from ulm.components.position import longrope
+from ulm.components.position import longrope, rope
 from ulm.errors import ConfigError
 from ulm.exchange.architectures import _llama, _rope
 from ulm.exchange.contract import Config
@@ -30,7 +30,7 @@ class Phi3:
         "vocab_size": 32_064, "hidden_size": 3_072, "intermediate_size": 8_192, "num_hidden_layers": 32,
         "num_attention_heads": 32, "hidden_act": "silu", "max_position_embeddings": 4_096, "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False, "sliding_window": None, "attention_dropout": 0.0, "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
+        "embd_pdrop": 0.0, "original_max_position_embeddings": 4_096,
     }  # fmt: skip
     rewrites: ClassVar[tuple[Rewrite, ...]] = ()
 
@@ -56,21 +56,28 @@ class Phi3:
     def _parameters(turning: Turning | None, settings: Plain) -> tuple[Config, int]:
         """rope_parameters, and the first context: by its share of the other all find how long queries and keys get."""
         context_tokens = settings["context_tokens"]
-        width = one(settings, "attention.head_dim", 0) or 1
+        width = one(settings, "attention.head_dim") or (2 * len(turning.frequencies) if turning else 1)
         part = 2 * len(turning.frequencies) / width if turning else 1.0
         config = turning.config if turning else None
-        if turning is None or not isinstance(config, longrope.Config):
-            return {**_rope.parameters(turning), "partial_rotary_factor": part}, context_tokens
-        usual = config.frequencies(width)
-        found = config.factors_at(context_tokens) or (1.0,) * len(usual)
-        original = min(config.original_context_tokens or context_tokens, context_tokens)
+        usual = _rope.parameters(turning)
+        if turning is None or isinstance(config, rope.Config) and usual["rope_type"] == "default":
+            return {**usual, "partial_rotary_factor": part}, context_tokens
+        assert isinstance(config, rope.Config | longrope.Config)
+        # transformers' Phi3Config takes no other scaling than this one, which can be any.
+        unscaled = config.frequencies(width)
+        original = context_tokens
+        if isinstance(config, rope.Config):
+            found = [frequency / slower for frequency, slower in zip(unscaled, rope.scaled(config, width), strict=True)]
+        else:
+            found = list(config.factors_at(context_tokens) or (1.0,) * len(unscaled))
+            original = min(config.original_context_tokens or context_tokens, context_tokens)
         said = {
             "rope_theta": config.theta,
             "rope_type": "longrope",
             "type": "longrope",
             "partial_rotary_factor": part,
-            "short_factor": list(found),
-            "long_factor": list(found),
+            "short_factor": found,
+            "long_factor": found,
             "original_max_position_embeddings": original,
         }
         return said, original
@@ -85,8 +92,8 @@ class Phi3:
                 "theta": said["rope_theta"],
                 "short_factors": said["short_factor"],
                 "long_factors": said["long_factor"],
-                "original_context_tokens": said.get("original_max_position_embeddings")
-                or config["original_max_position_embeddings"],
+                # of the two places this is the one that transformers reads
+                "original_context_tokens": config["original_max_position_embeddings"],
                 "attention_factor": said.get("attention_factor"),
             }
         else:
