@@ -490,7 +490,7 @@ def test_the_pages_refusal_is_the_one_given(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_cards_that_cannot_share_the_heads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "has_vllm", lambda: True)
-    spec = ModelSpec.preset("nano", attention={"num_heads": 4, "num_kv_heads": 2})
+    spec = ModelSpec.preset("nano", attention={"num_heads": 4, "num_kv_heads": 2, "head_dim": 32})
     with pytest.raises(ConfigError, match=r"engine\.gpus: 3 cards cannot share 4 heads equally"):
         settle(Config(kind="vllm", gpus=3), [spec], "float32", "engine")
     assert settle(Config(kind="vllm", gpus=2), [spec], "float32", "engine").tensor_parallel == 2
