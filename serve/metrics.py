@@ -10,7 +10,7 @@ import httpx
 import ray
 from ray.util import metrics as ray_metrics
 
-from ulm.metrics import METRICS
+from ulm.metrics import EXPORTED, METRICS
 
 GATHER_TIMEOUT_S = 5.0
 _KINDS = {"counter": ray_metrics.Counter, "gauge": ray_metrics.Gauge, "histogram": ray_metrics.Histogram}
@@ -51,6 +51,6 @@ async def gather() -> str:
     for page in pages:
         if isinstance(page, httpx.Response):
             for line in page.text.splitlines():
-                if "ray_ulm_" in line.split("{", 1)[0]:
+                if f"{EXPORTED}ulm_" in line.split("{", 1)[0]:
                     lines.setdefault(line)
     return "\n".join(lines) + "\n"

@@ -59,4 +59,5 @@ _TABLE = (
     Metric("ulm_memory_resident_bytes", "gauge", ("role",), "Resident memory of a process."),
     Metric("ulm_memory_gpu_bytes", "gauge", ("role",), "GPU memory allocated by a process."),
 )
+EXPORTED = "ray_"  # before each name, where it is exported
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}

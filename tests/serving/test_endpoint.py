@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -14,9 +16,12 @@ import httpx
 import openai
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import ulm
 from serve.contracts import GenerateRequest
+from ulm.cli import cluster, status
+from ulm.cli.main import app as cli
 from ulm.errors import ClusterError, MemberDownError, RequestError
 from ulm.models.generate import prompt_tokens
 from ulm.recipes import ServeRecipe
@@ -108,9 +113,9 @@ def test_names_defaults_choices_and_embeddings_reach_members_in_other_processes(
 
 
 def test_every_answer_has_one_request_id_and_a_clients_own_comes_back(served: dict[str, Any]) -> None:
-    for path, status in (("/models", 200), ("/nothing", 404)):
+    for path, expected in (("/models", 200), ("/nothing", 404)):
         first, second = (httpx.get(served["url"] + path, trust_env=False) for _ in range(2))
-        assert first.status_code == status
+        assert first.status_code == expected
         (one,), (other,) = (answer.headers.get_list("x-request-id") for answer in (first, second))
         assert one != other
     given = httpx.get(served["url"] + "/models", headers={"x-request-id": "mine-1"}, trust_env=False)
@@ -154,6 +159,29 @@ def test_the_metrics_page_has_the_series_of_all_replicas(client: openai.OpenAI, 
     assert [name for name in wanted if name not in page] == []
     line = next(line for line in page.splitlines() if line.startswith("ray_ulm_requests_total{"))
     assert 'outcome="' in line and 'strategy="' in line
+
+
+def test_the_status_of_the_endpoint_is_read_from_it(
+    client: openai.OpenAI, served: dict[str, Any], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        client.completions.create(model="swarm/mixture", prompt="a", max_tokens=2)  # six tokens the other test's
+    cluster.remember(root, {**served, "pid": os.getpid()})
+    deadline_s, endpoint = time.monotonic() + METRICS_TIMEOUT_S, status.look()["endpoint"]  # Ray exports now and then
+    while time.monotonic() < deadline_s and endpoint["models"].get("swarm/mixture", {}).get("generated_tokens", 0) < 10:
+        time.sleep(0.5)
+        endpoint = status.look()["endpoint"]
+    assert endpoint["problem"] is None and endpoint["url"] == served["url"]
+    asked = endpoint["models"]["swarm/mixture"]
+    assert asked["ok"] >= 2 and asked["generated_tokens"] >= 4 and asked["ttft_count"] >= 2
+    assert set(endpoint["engines"]) >= {"engine"} and endpoint["engines"]["engine"]["resident_bytes"] > 0
+    assert sum(endpoint["members"].values()) > 0
+    done = CliRunner().invoke(cli, ["status", "--once"], env={"COLUMNS": "80"})
+    assert done.exit_code == 0 and "swarm/mixture" in done.stderr and max(map(len, done.stderr.splitlines())) <= 80
+    assert json.loads(done.stdout.splitlines()[-1])["endpoint"]["url"] == served["url"]
+    monkeypatch.setattr(status, "TIMEOUT_S", 0.5)
+    cluster.remember(root, {**served, "url": f"http://127.0.0.1:{free_port()}/v1", "pid": os.getpid()})
+    assert status.look()["endpoint"]["problem"].startswith("does not answer")
 
 
 def test_a_port_in_use_is_an_error_with_a_remedy() -> None:
