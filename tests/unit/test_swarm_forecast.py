@@ -100,7 +100,7 @@ def test_the_verdict_is_as_sure_as_the_interval(ahead, begins):
 
 
 def test_advice_to_train_longer_names_the_tokens_from_which_the_rule_says_a_swarm_is_ahead():
-    count_CV = np.kron(np.eye(8), np.full((1, 5), 1e6)) + 1e5
+    count_CV = np.kron(np.eye(8), np.full((1, 5), 1e6)) + 3.5e5
     setting = Setting(1.0, 8, information(count_CV), parameters=1e6)
     rule = Rule.fit()
     needed = rule.pays_from(setting)

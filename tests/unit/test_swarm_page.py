@@ -15,7 +15,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from pipelines.swarm.rule import Rule, Setting
+from pipelines.swarm.rule import MEASURED, SHORTEST, Rule, Setting
 from serve.api.schema import UlmOptions
 from serve.api.spent import CALLED, record_ledger
 from serve.contracts import Call, Ledger
@@ -29,7 +29,7 @@ from ulm.recipes.train import SwarmAddRecipe, SwarmRecipe, TrainingRecipe
 
 DOCS = Page.read("swarm.md")
 PAGE, section, tables = DOCS.text, DOCS.section, DOCS.tables
-EIGHT_KINDS = Setting(50.0, 8, 0.49)  # the centre of `ulm bench swarm`
+EIGHT_KINDS = Setting(50.0, 8, 0.51)  # the centre of `ulm bench swarm`
 KINDS = {
     "law": "court judge appeal statute",
     "code": "lambda return import class",
@@ -102,13 +102,22 @@ def test_bounds_and_ledger_are_those_of_the_code():
 
 def test_the_numbers_are_the_rules():
     text, rule = " ".join(section("When it pays").split()), Rule.fit()
-    start = rule.pays_from(EIGHT_KINDS)
-    assert f"ahead from about {start:.0f} tokens per parameter" in text
-    said = {10: ("a tenth at 10", 0.1), 50: ("a fifth at 50", 0.2)}
+    assert "that is 0.51 nats a token" in text and "from 1 token per parameter on" in text
+    assert rule.pays_from(EIGHT_KINDS) == SHORTEST == 1
+    for says, tokens in re.findall(r"at (0\.\d) (?:it is ahead )?from about (\d+)", text):
+        assert rule.pays_from(replace(EIGHT_KINDS, information=float(says))) == pytest.approx(float(tokens), abs=0.5)
+    said = {5: ("by 3 % at 5", 0.03), 20: ("a seventh at 20", 1 / 7), 50: ("a quarter at 50", 0.25)}
     for tokens, (words, ahead_by) in said.items():
         assert words in text
         ratio = rule.forecast(replace(EIGHT_KINDS, tokens_per_parameter=float(tokens))).ratio
         assert ratio == pytest.approx(1 - ahead_by, abs=ROUNDING)
+    ratios = {m.setting.experts: m.ratio for m in MEASURED if m.setting.tokens_per_parameter == 50 and m.ratio < 1}
+    assert ratios[8] < min(ratios[4], ratios[16]) and "8 are better than 4, and than 16" in text
+
+
+def test_the_plot_of_the_page_is_there():
+    (path,) = re.findall(r"!\[[^]]+\]\(([^)]+)\)", PAGE)
+    assert (Path(__file__).parents[2] / "docs" / path).is_file()
 
 
 def test_the_recipe_of_the_page_is_planned_by_the_commands_of_the_page(tmp_path, monkeypatch):

@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipelines.swarm.rule import MEASURED, PRIOR, Measured, Rule, Setting, _features
+from pipelines.swarm.rule import LONGEST, MEASURED, PRIOR, SHORTEST, Measured, Rule, Setting, _features
 
 CENTRE = Setting(50.0, 8, 0.49)
 EXACT = 1e-9  # float64, a handful of sums
-PLANTED = np.array([0.04, 0.01, -0.01, 0.7, 0.15, -0.2, 0.05])
+PLANTED = np.array([0.5, -0.3, 0.2, 0.7, 0.05, -0.2, 0.05])
 
 
 def planted(settings: list[Setting]) -> list[Measured]:
@@ -72,10 +72,16 @@ def test_far_from_everything_measured_the_interval_is_wider():
 
 
 def test_where_a_swarm_begins_to_pay_its_forecast_is_dense():
-    rule = Rule.fit()
-    start = rule.pays_from(CENTRE)
-    assert rule.forecast(replace(CENTRE, tokens_per_parameter=start)).ratio == pytest.approx(1.0, rel=EXACT)
-    assert rule.forecast(replace(CENTRE, tokens_per_parameter=2 * start)).ratio < 1
+    rule, alike = Rule.fit(), replace(CENTRE, information=0.3)
+    start = rule.pays_from(alike)
+    assert SHORTEST < start < LONGEST
+    assert rule.forecast(replace(alike, tokens_per_parameter=start)).ratio == pytest.approx(1.0, rel=EXACT)
+    assert rule.forecast(replace(alike, tokens_per_parameter=2 * start)).ratio < 1
+    assert rule.forecast(replace(alike, tokens_per_parameter=start / 2)).ratio > 1
+
+
+def test_clusters_that_say_much_pay_from_the_shortest_training_that_was_measured():
+    assert Rule.fit().pays_from(replace(CENTRE, information=0.8)) == SHORTEST
 
 
 def test_clusters_that_are_all_alike_never_pay():
