@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from serve.api.prompts import read_prompt
-from serve.api.schema import MAX_PROMPTS, Body, Text, Token
+from serve.api.schema import MAX_PROMPTS, Body, Text, Token, several
 from serve.catalog import Catalog, Model
 from serve.contracts import Member
 from ulm.errors import MemberDownError, RequestError, UnavailableError, UnsupportedError
@@ -34,11 +34,7 @@ class EmbeddingBody(Body):
 
     def inputs(self) -> list[str | list[int]]:
         """Each a text or token ids."""
-        if isinstance(self.input, str):
-            return [self.input]
-        if self.input and isinstance(self.input[0], int):
-            return [self.input]
-        return list(self.input)  # type: ignore[arg-type]
+        return several(self.input)
 
 
 async def embeddings(catalog: Catalog, body: EmbeddingBody) -> dict[str, Any]:

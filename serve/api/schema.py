@@ -34,6 +34,12 @@ Token = Annotated[int, Field(ge=0, strict=True)]  # strict: ["12"] is a text, no
 Text = Annotated[str, AfterValidator(_valid_unicode)]
 
 
+def several(given: str | list[Any]) -> list[str | list[int]]:
+    """What may be one text or one list of token ids, or a list of either, as a list."""
+    is_one = isinstance(given, str) or (given and isinstance(given[0], int))
+    return [given] if is_one else list(given)
+
+
 class Body(BaseModel):
     """Strict: unknown fields are refused."""
 
@@ -194,11 +200,7 @@ class CompletionBody(ChoicesBody):
 
     def prompts(self) -> list[str | list[int]]:
         """One or several prompts, each a text or token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return list(self.prompt)  # type: ignore[arg-type]
+        return several(self.prompt)
 
     @property
     def num_top_logprobs(self) -> int | None:
