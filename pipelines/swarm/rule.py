@@ -71,8 +71,11 @@ MEASURED = (
     Measured(Setting(20.0, 8, 0.509), 0.858),
     Measured(Setting(20.0, 8, 0.009), 1.334),
     Measured(Setting(50.0, 4, 0.334), 0.794),
+    Measured(Setting(50.0, 8, 0.509, seed_share=0.25), 0.738),
     Measured(Setting(50.0, 8, 0.509), 0.732),
     Measured(Setting(50.0, 8, 0.009), 1.186),
+    Measured(Setting(50.0, 8, 0.509), 0.748),
+    Measured(Setting(50.0, 8, 0.009), 1.229),
     Measured(Setting(50.0, 16, 0.545), 0.822),
 )
 

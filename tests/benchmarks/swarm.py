@@ -261,8 +261,8 @@ def comparison(bench: Bench) -> None:
             is_new = bench.result(of) is None
             line = bench.train(of)
             if line is None:
-                sys.stderr.write(f"the time is up in {of.name}; the same command goes on from there\n")
-                break
+                sys.stderr.write(f"{of.name}: the time is up; the same command goes on from there\n")
+                continue  # what others came to is known
             took = f", {(time.monotonic() - began_s) / 60:.1f} minutes" if is_new else ", trained before"
             sys.stderr.write(f"{of.name}: route {Trained(of, line).ratio('route'):.3f} of dense{took}\n")
             trained = [it for it in trained if it.of.name != of.name] + [Trained(of, line)]

@@ -67,8 +67,13 @@ def test_far_from_everything_measured_the_interval_is_wider():
         ahead = rule.forecast(setting)
         return ahead.high / ahead.low
 
-    far = (replace(CENTRE, tokens_per_parameter=2_000.0), replace(CENTRE, seed_share=0.9), replace(CENTRE, experts=64))
+    far = (
+        replace(CENTRE, tokens_per_parameter=2_000.0),
+        replace(CENTRE, parameters=1e9),
+        replace(CENTRE, experts=64),
+    )
     assert all(width(setting) > 1.2 * width(CENTRE) for setting in far)
+    assert width(replace(CENTRE, seed_share=0.9)) > width(replace(CENTRE, seed_share=0.25)) > width(CENTRE)
 
 
 def test_where_a_swarm_begins_to_pay_its_forecast_is_dense():
