@@ -125,7 +125,7 @@ class Rule:
         def is_ahead(tokens: float) -> bool:
             return float(_features(replace(setting, tokens_per_parameter=tokens)) @ self.mean_C) < 0
 
-        lengths = np.geomspace(SHORTEST, LONGEST, NUM_LENGTHS).tolist()
+        lengths: list[float] = np.geomspace(SHORTEST, LONGEST, NUM_LENGTHS).tolist()
         behind = [number for number, tokens in enumerate(lengths) if not is_ahead(tokens)]
         if not behind:
             return SHORTEST
