@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ulm
-from tests.serving.test_vllm_engine import LONG_PROMPT
+from tests.serving.test_vllm_engine import TEXTS
 from tests.trained import CONTEXT_TOKENS, trained_nano
 from tests.vllm_process import answers
 from ulm.exchange.hf import export_hf
@@ -41,7 +41,7 @@ def test_vllm_gives_the_logprobs_of_our_rounded_model(tmp_path, tmp_path_factory
     model, tokenizer = ulm.load(trained_nano(tmp_path_factory.getbasetemp() / "trained-nano"))
     whole = export_hf(model, tokenizer, tmp_path / "whole")
     folders = {scheme: str(quantize(whole, tmp_path / scheme, scheme=scheme)) for scheme in LOGPROB}
-    ids = prompt_tokens(tokenizer, LONG_PROMPT)
+    ids = prompt_tokens(tokenizer, TEXTS[0])
     said = answers(ENGINES, {"folders": folders, "ids": ids, "context_tokens": CONTEXT_TOKENS})
     for scheme, found in said.items():
         with torch.no_grad():
@@ -50,5 +50,5 @@ def test_vllm_gives_the_logprobs_of_our_rounded_model(tmp_path, tmp_path_factory
         difference = (torch.tensor(found) - expected).abs()
         assert difference.max() < LOGPROB[scheme], scheme
         assert difference.mean() < MEAN_LOGPROB[scheme], scheme
-        lost = change(model, tokenizer, [LONG_PROMPT], scheme=scheme)
+        lost = change(model, tokenizer, [TEXTS[0]], scheme=scheme)
         assert abs(lost.rounded_bits_per_byte - lost.bits_per_byte) < LOST_BITS[scheme]

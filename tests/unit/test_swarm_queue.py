@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipelines.swarm.queue import MOVE_COST_S, START_S, Move, Queue, Work
@@ -74,7 +74,9 @@ class Simulation:
                 if worker.run is not None and self.now >= worker.starts_s:
                     self._train(worker, stopping)
             for move in queue.overtake(self.now):
-                assert queue.by_state()["waiting"] == 0 and move.idle in queue.idle
+                waiting = [w.run for w in self.works if queue.state(w.run) == "waiting"]
+                assert set(waiting) <= self.kept.keys(), "a run is taken from somebody while another could be begun"
+                assert move.idle in queue.idle
                 assert next(worker for worker in there if worker.name == move.slow).run == move.run
                 stopping.add(move.run)
                 self.moves.append(move)
@@ -145,6 +147,12 @@ work_of = st.tuples(st.integers(1, 8_000), st.integers(-2, 2), st.sampled_from([
 
 
 @settings(max_examples=150, deadline=None)
+@example(  # a run waits for the worker that it was taken back for, while another is taken back for a second one
+    works=[(127, 0, 1.0), (1_981, 0, 3.0)],
+    workers=[(5, False, 1.0, float("inf")), (5, False, 1.0, float("inf")), (17, False, 0.0, float("inf"))],
+    failing={},
+    save_every=50,
+)
 @given(
     works=st.lists(work_of, min_size=1, max_size=8),
     workers=st.lists(worker_of, min_size=1, max_size=6),
