@@ -107,7 +107,10 @@ class GenerationBody(Body):
         lengths = [name for name in LENGTHS if name in type(self).model_fields]
         if (length := values.pop("max_tokens", None)) is not None and open_fields.issuperset(lengths):
             values[lengths[0]] = length
-        return self.model_copy(update={name: value for name, value in values.items() if name in open_fields})
+        laid = {name: value for name, value in values.items() if name in open_fields}
+        if laid.get("temperature", self.temperature) == 0:  # greedy, which they would be refused beside
+            laid = {name: value for name, value in laid.items() if name not in ("top_k", "min_p")}
+        return self.model_copy(update=laid)
 
     def sampling(self, seed: int) -> Sampling:
         """How tokens are chosen; `seed` is that of a request that names none."""

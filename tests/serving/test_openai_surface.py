@@ -23,7 +23,11 @@ from ulm.recipes.serve import Defaults, ServeRecipe
 from ulm.swarm.manifest import Swarm
 
 FLOAT32 = {"rel": 0.0, "abs": 2e-5}
-DEFAULTS = {"warm": Defaults(temperature=0.0, max_tokens=3), "e01": Defaults(max_tokens=5, temperature=0.0)}
+DEFAULTS = {
+    "cut": Defaults(top_k=5, min_p=0.1),
+    "warm": Defaults(temperature=0.0, max_tokens=3),
+    "e01": Defaults(max_tokens=5, temperature=0.0),
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +36,7 @@ def client(swarm: Swarm) -> Iterator[TestClient]:
     for name in swarm.members:
         asyncio.run(engine.load(name, str(swarm.checkpoint(name))))
     engines = dict.fromkeys(swarm.members, engine)
-    aliases = {"gpt-4o": "swarm/route", "warm": "e00", "text-embedding-3-small": "seed"}
+    aliases = {"cut": "e00", "gpt-4o": "swarm/route", "warm": "e00", "text-embedding-3-small": "seed"}
     with client_of(catalog_of(swarm, engines, aliases=aliases, defaults=DEFAULTS)) as made:
         yield made
     asyncio.run(engine.close())
@@ -203,6 +207,9 @@ def test_defaults_hold_where_a_request_says_nothing(client: TestClient) -> None:
     assert asked("e00")["usage"]["completion_tokens"] == 16, "the alias has defaults, not its model"
     hot = [asked("warm", temperature=1.0, seed=seed, max_tokens=8)["choices"][0]["text"] for seed in range(4)]
     assert len(set(hot)) > 1
+    assert asked("cut", temperature=0, max_tokens=3)["choices"][0]["text"] == greedy, (
+        "cuts are nothing to greedy answers"
+    )
     messages = [{"role": "user", "content": "Hi"}]
     chat = {"path": "/v1/chat/completions", "messages": messages}
     assert asked("e01", **chat)["usage"]["completion_tokens"] <= 5
