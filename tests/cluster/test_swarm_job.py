@@ -170,7 +170,8 @@ def test_workers_are_killed_and_overtaken_and_the_runs_end_as_if_nothing_had_hap
     monkeypatch.setattr(workers_job, "POLL_S", 0.05)
     monkeypatch.setattr(queue, "PACE_MIN_S", 0.3)
     monkeypatch.setattr(queue, "MOVE_MARGIN", 0.0)  # whoever is idle takes over what is under way
-    *tasks, broken = queue_tasks(home, {"qa": 500, "qb": 120, "qc": 80, "broken": 50})
+    # qa is long: both kills may hit it, and it has to be under way still when another worker has nothing left to do.
+    *tasks, broken = queue_tasks(home, {"qa": 900, "qb": 120, "qc": 80, "broken": 50})
     (tmp_path / "documents.npy").write_text("no array")
     broken = replace(broken, documents=tmp_path / "documents.npy")
     killer, told = Killer(home, kills=2, every_s=2.0), []
