@@ -14,8 +14,11 @@ STAMP := $(VENV)/.stamp-$(HASH)$(if $(NO_VLLM),-no-vllm)
 
 # What `ulm bench corpus` and `train` compare with; in a place of its own, for it wants other versions of what we use.
 PEERS := .venv-peers
+# Clients that tests ask the endpoint with, and that want other versions of what we use.
+CLIENTS := .venv-clients
+CLIENTS_STAMP := $(CLIENTS)/.stamp-$(shell cat requirements/clients.txt tests/clients/package.json | cksum | cut -d' ' -f1)
 
-.PHONY: help setup demo test test-all .tests .test-quick .test-with-ray lint bench peers peers-llama-cpp clean
+.PHONY: help setup demo test test-all clients .tests .test-quick .test-with-ray lint bench peers peers-llama-cpp clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -55,7 +58,17 @@ test: CHOSEN = -m "not slow"
 test: .tests ## every test that is not marked slow
 test-all: .tests ## every test, soaks and repeated kills too
 
-.tests: setup
+clients: $(CLIENTS_STAMP) ## make .venv-clients with the clients of others that tests use
+
+$(CLIENTS_STAMP):
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/clients.txt
+	@if command -v npm >/dev/null; then cp tests/clients/package.json $(CLIENTS)/ && \
+	  npm install --prefix $(CLIENTS) --no-audit --no-fund --no-package-lock --loglevel=error; \
+	else echo "no npm: the test of the Node client will be skipped"; fi
+	@rm -f $(CLIENTS)/.stamp-* && touch $@
+
+.tests: setup clients
 	@$(MAKE) --no-print-directory --jobs=2 CHOSEN='$(CHOSEN)' .test-quick .test-with-ray
 
 .test-quick:
@@ -84,5 +97,5 @@ peers-llama-cpp: ## build llama.cpp into .venv-peers, which a test of GGUF files
 	  --no-binary llama-cpp-python llama-cpp-python==0.3.36
 
 clean: ## remove the environments and build artefacts; runs and corpora live elsewhere
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(CLIENTS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -231,12 +231,11 @@ class CompletionShape(ChunkedShape):
     def _echoed(self, prompt: Prompt, logprobs: Sequence[TokenLogprob]) -> list[TokenLogprob | int]:
         """Entries of an echoed prompt's tokens; its very first has only itself, for nothing stands before it.
 
-        The <|endoftext|> that stands before a text is not echoed, so that all tokens of a text have one.
+        The <|endoftext|> that we put before a text is not listed: clients count the tokens that they gave.
         """
         if not (self._wants_logprobs and self._body.echo):
             return []
-        first = prompt.tokens[0]
-        return [*([first] if first != self._tokenizer.eot_id else []), *logprobs]
+        return [*(prompt.tokens[:1] if self._body.gives_tokens else ()), *logprobs]
 
     def _length(self, entries: Sequence[TokenLogprob | int]) -> int:
         return sum(len(self._token(_id(entry))) for entry in entries)

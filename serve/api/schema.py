@@ -206,6 +206,11 @@ class CompletionBody(ChoicesBody):
         return several(self.prompt)
 
     @property
+    def gives_tokens(self) -> bool:
+        """Whether the prompts are token ids, which are read as they are; before a text goes an <|endoftext|>."""
+        return not isinstance(self.prompts()[0], str)
+
+    @property
     def num_top_logprobs(self) -> int | None:
         """How many alternatives are reported beside the chosen token; None: no logprobs."""
         return self.logprobs

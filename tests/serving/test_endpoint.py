@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 import socket
 import time
@@ -20,42 +19,23 @@ from typer.testing import CliRunner
 
 import ulm
 from serve.contracts import GenerateRequest
+from tests.served import endpoint, free_port
 from ulm.cli import cluster, status
 from ulm.cli.main import app as cli
 from ulm.errors import ClusterError, MemberDownError, RequestError
 from ulm.models.generate import prompt_tokens
-from ulm.recipes import ServeRecipe
-from ulm.recipes.base import validate
 from ulm.swarm.manifest import Swarm
 
 METRICS_TIMEOUT_S = 30.0
 FAILED_S = 3.0  # less than any patience: what has failed is said, not waited for
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def served(swarm: Swarm) -> Iterator[dict[str, Any]]:
     """The small swarm behind one address, its members in two engines."""
-    import ray
-
-    from serve import app
-    from serve.plan import make_plan
-
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     names = {"aliases": {"gpt-4o": "swarm/route"}, "defaults": {"gpt-4o": {"max_tokens": 3}}}
-    engines = {"cpus": 0.5, "members_per_engine": 3}
-    fields = {"name": "t", "swarm": str(swarm.folder), "port": free_port(), **engines, **names}
-    recipe = validate(ServeRecipe, fields)
-    try:
-        yield app.up(make_plan(recipe, root=Path("unused"), near=None), recipe)
-    finally:
-        app.down()
-        ray.shutdown()
+    with endpoint(swarm=str(swarm.folder), cpus=0.5, members_per_engine=3, **names) as up:
+        yield up
 
 
 @pytest.fixture(scope="module")

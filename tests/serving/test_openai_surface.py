@@ -120,13 +120,14 @@ def test_a_negative_seed_is_a_seed(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("as_ids", [False, True])
+@pytest.mark.parametrize("given_as", ["text", "ids", "ids of a text's start"])
 def test_an_echo_gives_the_prompt_with_the_log_probabilities_of_its_tokens(
-    client: TestClient, expert: Any, stream: bool, as_ids: bool
+    client: TestClient, expert: Any, stream: bool, given_as: str
 ) -> None:
     model, tokenizer = expert
     text = "Return the value"
-    tokens = tokenizer.encode(text) if as_ids else prompt_tokens(tokenizer, text)
+    as_ids = given_as != "text"
+    tokens = tokenizer.encode(text) if given_as == "ids" else prompt_tokens(tokenizer, text)
     body = {"model": "e00", "prompt": tokens if as_ids else text, "echo": True, "logprobs": 2, "max_tokens": 2}
     if stream:
         choices = [piece["choices"][0] for piece in events(client, "/v1/completions", {**body, "temperature": 0})]
