@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
 from serve.api.answering import Answering
 from serve.api.answers import ChatShape, CompletionShape
+from serve.api.document import describe
 from serve.api.embeddings import EmbeddingBody, embeddings
 from serve.api.prompts import Chat
 from serve.api.refusals import BoundedBody, handle_errors
@@ -92,5 +93,7 @@ def build_app(
     @app.get("/metrics", response_model=None)
     async def metrics_page() -> PlainTextResponse:
         return PlainTextResponse(await metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    describe(app)
 
     return app

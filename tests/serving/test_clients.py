@@ -98,7 +98,7 @@ def test_lm_evals_loglikelihoods_equal_the_models(url: str, swarm: Swarm, tmp_pa
     """Of the model alone, read whole: its logits, without an engine."""
     model, tokenizer = ulm.load(swarm.checkpoint("e01"))
     folder = export_hf(model, tokenizer, tmp_path / "exported")
-    pairs = [["The with", " statement"], ["A class", " definition is"], ["import json\n", "def f("], ["é", "ü∑"]]
+    pairs = [["The with", " statement"], ["A class", " definition is"], ["import json", "\ndef f("], ["é", "ü∑"]]
     length = model.spec.context_tokens
     said = said_by([sys.executable, SCRIPTS / "lm_eval_client.py", url, "e01", folder, str(length)], pairs)
     for (context, rest), (loglikelihood, is_greedy), rolling, until in zip(
@@ -124,6 +124,21 @@ def test_lm_evals_loglikelihoods_equal_the_models(url: str, swarm: Swarm, tmp_pa
 def logprobs_of(model: Any, tokens: list[int]) -> torch.Tensor:
     """logprobs_TV after each token."""
     return model(torch.tensor([tokens]))[0].double().log_softmax(-1)
+
+
+def test_schemathesis_meets_nothing_that_our_document_does_not_say(url: str, tmp_path: Path) -> None:
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+    done = subprocess.run(
+        [Path(sys.executable).with_name("schemathesis"), "run", f"{url.removesuffix('/v1')}/openapi.json", "--no-color"]
+        + ["--checks", checks, "--max-examples", "20", "--seed", "1", "--generation-database", "none"],
+        cwd=tmp_path,
+        env={**os.environ, "SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": str(SCRIPTS)},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0 and "Tested: 13" in done.stdout, done.stdout[-6000:]
 
 
 def test_vllms_load_generator(url: str, swarm: Swarm, tmp_path: Path) -> None:
