@@ -1,49 +1,52 @@
-"""The application: engines and gateway deployed on the cluster this process is connected to."""
+"""The endpoint on the cluster this process is connected to: how it comes, changes and goes.
+
+Each engine is a Serve application, and so are the gateways: an engine outlives a change that does not touch it.
+"""
 
 from __future__ import annotations
 
 import logging
 import socket
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import httpx
-import ray
 from ray import serve as ray_serve
 from ray.serve.schema import LoggingConfig
 
-from serve.gateway import Gateway
-from serve.member import EngineReplica
-from serve.plan import Plan, brings_its_deployment
-from ulm import registry
-from ulm.errors import ClusterError
+from serve import limits, proxy
+from serve.graph import ENGINE, NAME, bind, engines_of, gateway_of
+from serve.plan import Plan, catalog_of, make_plan
+from ulm import runtime
+from ulm.certificates import trusting
+from ulm.errors import ClusterError, ConfigError
+from ulm.recipes.base import load, validate
 from ulm.recipes.serve import ServeRecipe
 
-NAME = "ulm"
+ANY_ADDRESS = "0.0.0.0"  # noqa: S104  where a config file of Serve may have it listen
 READY_TIMEOUT_S = 30.0
+LOOK_EVERY_S = 0.1
+QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
 
 
-def bind(plan: Plan, recipe: ServeRecipe) -> Any:
-    """The Serve application of a plan: the gateway, with the shared engine inside or one deployment per group."""
-    resources = {"num_cpus": recipe.cpus, "num_gpus": recipe.gpus}
-    engines = [_engine(index, names, plan, recipe, resources) for index, names in enumerate(plan.groups)]
-    gateway: Any = Gateway
-    if None in engines:
-        gateway = gateway.options(ray_actor_options=resources)
-    return gateway.bind(plan, recipe.engine, *engines)
+def from_recipe(args: dict[str, Any]) -> Any:
+    """The application for Serve's config files: `import_path: serve.app:from_recipe`, `args: {recipe: …}`.
 
-
-def _engine(index: int, names: tuple[str, ...], plan: Plan, recipe: ServeRecipe, resources: dict[str, float]) -> Any:
-    """The deployment of a group's engine; None for the one that the gateway runs itself."""
-    first = plan.members[names[0]]
-    if first.engine is None and recipe.members_per_engine is None:
-        return None
-    config = first.engine or recipe.engine
-    if (alone := brings_its_deployment(config)) is not None:
-        paths = {name: plan.members[name].checkpoint for name in names}
-        return alone.deployment(index, paths, registry.configure("engine", config))
-    checkpoints = {name: str(plan.members[name].checkpoint) for name in names}
-    replica: Any = EngineReplica  # Serve's decorator is not typed
-    return replica.options(name=f"engine-{index}", ray_actor_options=resources).bind(config, checkpoints)
+    `recipe` is the path of one, or what would stand in it. Where to listen is for the file's http_options to say, so
+    the recipe is held to what one for any address has to say of keys.
+    """
+    given = args.get("recipe")
+    if set(args) != {"recipe"} or not isinstance(given, str | dict):
+        raise ConfigError("args", f"has {', '.join(map(str, args)) or 'nothing'}", "{recipe: a path, or a mapping}")
+    if isinstance(given, str):
+        recipe, near = load(ServeRecipe, Path(given), [f"host={ANY_ADDRESS}"]), Path(given).parent
+    else:
+        recipe, near = validate(ServeRecipe, {"name": NAME, **given, "host": ANY_ADDRESS}), None
+    if recipe.tls is not None:
+        raise ConfigError("tls", "has no effect here", "http_options: {ssl_certfile: …, ssl_keyfile: …} beside it")
+    return bind(make_plan(recipe, root=runtime.root(), near=near), recipe)
 
 
 def check_port(host: str, port: int) -> None:
@@ -61,19 +64,119 @@ def check_port(host: str, port: int) -> None:
 def up(plan: Plan, recipe: ServeRecipe) -> dict[str, Any]:
     """Deploy and wait until every member is loaded; {"url", "models"}. Ray must be initialised."""
     check_port(recipe.host, recipe.port)
-    quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # this process's own share of Serve's log
-    ray_serve.start(http_options={"host": recipe.host, "port": recipe.port}, logging_config=quiet)
+    ray_serve.start(
+        http_options={"host": recipe.host, "port": recipe.port, **_tls_options(plan)},
+        logging_config=QUIET,
+        controller_options={"runtime_env": {"env_vars": {proxy.VARIABLE: proxy.MIDDLEWARES}}},
+    )
+    engines = _new_engines(plan, recipe)
+    _start(engines)
+    _start(_gateways(plan, recipe))
+    _wait({*engines, NAME})
+    return _answering(plan, recipe)
+
+
+def update(plan: Plan, recipe: ServeRecipe) -> dict[str, Any]:
+    """Have another plan answer at the same address, without a moment in which nobody does; as `up`.
+
+    Its engines come first, then its gateways; then the old ones finish what they have and go. ClusterError where it
+    cannot be: then all is as it was.
+    """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    there, engines = running(), _new_engines(plan, recipe)
+    before = ray_serve.get_app_handle(NAME).serves.remote().result(timeout_s=READY_TIMEOUT_S)
+    has_begun = False
     try:
-        ray_serve.run(bind(plan, recipe), name=NAME, route_prefix="/", logging_config=quiet)
-    except RuntimeError as error:  # Serve's own
-        raise ClusterError(f"the endpoint did not start: {reason() or error}") from None
+        _start(engines)
+        _wait(engines)
+        has_begun = True
+        _start(_gateways(plan, recipe))
+        _wait({NAME})
+    except BaseException:
+        if has_begun:
+            _start(_gateways(*before))
+            _wait({NAME})
+        _delete(engines)
+        raise
+    _delete(there - {NAME} - {engine.name for engine in engines_of(plan, recipe) if engine is not None})
+    return _answering(plan, recipe)
+
+
+def _new_engines(plan: Plan, recipe: ServeRecipe) -> dict[str, Any]:
+    """The applications of engines that are not there yet."""
+    there = running()
+    engines = [engine for engine in engines_of(plan, recipe) if engine is not None and engine.name not in there]
+    return {engine.name: engine.application() for engine in engines}
+
+
+def _gateways(plan: Plan, recipe: ServeRecipe) -> dict[str, Any]:
+    """The application of the gateways; those of its engines have been started."""
+    engines = [engine and ray_serve.get_app_handle(engine.name) for engine in engines_of(plan, recipe)]
+    return {NAME: gateway_of(plan, recipe, engines)}
+
+
+def _start(applications: Mapping[str, Any]) -> None:
+    """Start these side by side, each in place of one of its name."""
+    targets = [
+        ray_serve.RunTarget(application, name, "/" if name == NAME else None, QUIET)
+        for name, application in applications.items()
+    ]
+    if targets:
+        ray_serve.run_many(targets, wait_for_applications_running=False)
+
+
+def _wait(names: Collection[str]) -> None:
+    """Return once all of these run; ClusterError with the reason where one cannot."""
+    while True:
+        known = ray_serve.status().applications
+        for name in names:
+            if known[name].status == "DEPLOY_FAILED":
+                raise ClusterError(f"the endpoint did not start: {reason(name) or known[name].message}")
+        if all(known[name].status == "RUNNING" for name in names):
+            return
+        time.sleep(LOOK_EVERY_S)
+
+
+def running() -> set[str]:
+    """The applications of an endpoint that are there."""
+    known = ray_serve.status().applications
+    return {
+        name
+        for name, application in known.items()
+        if (name == NAME or name.startswith(ENGINE)) and application.status in ("RUNNING", "UNHEALTHY")
+    }
+
+
+def _delete(names: Collection[str]) -> None:
+    """End applications, and wait until they are gone: each finishes what it has, in the time it was given."""
+    for name in names:
+        ray_serve.delete(name, _blocking=False)
+    while any(name in ray_serve.status().applications for name in names):
+        time.sleep(LOOK_EVERY_S)
+
+
+def _tls_options(plan: Plan) -> dict[str, str]:
+    if plan.tls is None:
+        return {}
+    certificate, key = map(str, plan.tls)
+    return {"ssl_certfile": certificate, "ssl_keyfile": key}
+
+
+def url_of(recipe: ServeRecipe) -> str:
+    """Where a recipe's endpoint is asked."""
     host = f"[{recipe.host}]" if ":" in recipe.host else recipe.host
     host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # noqa: S104  an address to listen on, not to ask
-    url = f"http://{host}:{recipe.port}/v1"
-    # asked over HTTP: a handle in this process would keep calling the controller while that shuts down
-    listed = httpx.get(f"{url}/models", timeout=READY_TIMEOUT_S, trust_env=False).raise_for_status().json()
-    return {"url": url, "models": [card["id"] for card in listed["data"]]}
+    return f"{'https' if recipe.tls else 'http'}://{host}:{recipe.port}/v1"
+
+
+def _answering(plan: Plan, recipe: ServeRecipe) -> dict[str, Any]:
+    """What an endpoint offers, once it answers over HTTP as it does to clients; its models' list may need a key."""
+    url, verify = url_of(recipe), trusting(str(plan.tls[0]) if plan.tls else None)
+    health = url.removesuffix("/v1") + "/healthz"
+    httpx.get(health, timeout=READY_TIMEOUT_S, trust_env=False, verify=verify).raise_for_status()
+    nobody: Any = None
+    return {"url": url, "models": catalog_of(plan, dict.fromkeys(plan.members, nobody)).names()}
 
 
 def reason(application: str = NAME) -> str | None:
@@ -86,22 +189,13 @@ def reason(application: str = NAME) -> str | None:
     return None
 
 
-def lacking(plan: Plan, recipe: ServeRecipe) -> str | None:
-    """What the cluster has too little of for the engines: Serve would wait for it without a word."""
-    wanted = {"CPU": 0.0, "GPU": 0.0}
-    for names in plan.groups:
-        own = plan.members[names[0]].engine or recipe.engine
-        apart = brings_its_deployment(own) is not None
-        wanted["CPU"] += own["cpus"] if apart else recipe.cpus
-        wanted["GPU"] += own["gpus"] if apart else recipe.gpus
-    have = ray.cluster_resources()
-    for kind, amount in wanted.items():
-        if amount > have.get(kind, 0.0):
-            problem = f"the engines ask for {amount:g} {kind}s, and the cluster has {have.get(kind, 0.0):g}"
-            return f"{problem}; give engines smaller shares (cpus:, gpus:), or let several members share one"
-    return None
+def drain() -> None:
+    """Refuse what is new; returns when what is under way has ended, or has had the recipe's drain_s."""
+    _delete({NAME} & set(ray_serve.status().applications))
 
 
 def down() -> None:
-    """End the application and Serve on this cluster."""
+    """The same, then end Serve on this cluster."""
+    drain()
     ray_serve.shutdown()
+    limits.stop()

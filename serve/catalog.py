@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,12 @@ class Model:
     def tokenizer(self) -> Any:
         """Its first member's: prompts are read in it, and strategies go on in another where members differ."""
         return next(iter(self.members.values())).tokenizer
+
+    @property
+    def num_answers(self) -> int:
+        """Answers that it gives at most, where a request asks for one."""
+        found: int = self.strategy.num_answers(self.members) if hasattr(self.strategy, "num_answers") else 1
+        return found
 
 
 class Catalog:
@@ -69,21 +75,28 @@ class Catalog:
                 raise ConfigError(f"defaults.{name}", "no such model is served", did_you_mean(name, self._configs))
         self._defaults = dict(defaults)
 
-    def names(self) -> list[str]:
-        """All model names, the swarm's first, aliases last."""
-        return [*sorted(self._configs, key=lambda name: (not name.startswith(SWARM), name)), *sorted(self._aliases)]
+    def names(self, allowed: Container[str] | None = None) -> list[str]:
+        """All model names, the swarm's first, aliases last; of `allowed` models only, where there is such a list."""
+        own = sorted(self._configs, key=lambda name: (not name.startswith(SWARM), name))
+        return [name for name in (*own, *sorted(self._aliases)) if self._is_allowed(name, allowed)]
 
-    def model(self, name: str, options: Mapping[str, Any] | None = None) -> Model:
+    def _is_allowed(self, name: str, allowed: Container[str] | None) -> bool:
+        return allowed is None or name in allowed or self._aliases.get(name, name) in allowed
+
+    def model(
+        self, name: str, options: Mapping[str, Any] | None = None, allowed: Container[str] | None = None
+    ) -> Model:
         """The model of a name, with a request's own `options` (top_k, every_tokens, …) for its strategy.
 
-        RequestError where the strategy has no such option, or where it asks for more than the operator allows.
+        RequestError where the strategy has no such option, or where it asks for more than the operator allows. A name
+        that is not among those `allowed` is as one that is not served.
         """
         asked, name = name, self._aliases.get(name, name)
-        if name not in self._configs:
-            kind, why = name.removeprefix(f"{SWARM}/"), did_you_mean(name, self.names())
-            if name != kind and kind in registry.kinds("strategy"):
+        if name not in self._configs or not self._is_allowed(asked, allowed):
+            kind, why = asked.removeprefix(f"{SWARM}/"), did_you_mean(asked, self.names(allowed))
+            if allowed is None and asked != kind and kind in registry.kinds("strategy"):
                 why = f"it needs {_strategy({'kind': kind}).missing(self.members, self.context)}"
-            problem = f"The model {reprlib.repr(name)} does not exist here ({why})"
+            problem = f"The model {reprlib.repr(asked)} does not exist here ({why})"
             raise ModelNotFoundError(problem, param="model", code="model_not_found")
         strategy = self._strategy(self._configs[name], options or {})
         kind = str(self._configs[name]["kind"])

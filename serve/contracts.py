@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from torch import Tensor
 
+from serve.constrained import Grammars, check_schema
 from serve.health import Health
 from ulm.errors import RequestError
 from ulm.models.sampling import Sampling
@@ -45,6 +46,7 @@ class GenerateRequest:
     # Tokens of this answer that were generated before, by whomever. They count for penalties, draws and stop strings;
     # they are not sent again, and max_tokens are those that follow.
     generated: tuple[int, ...] = ()
+    json_schema: str | None = None  # what the answer is JSON of, unless it is cut short; see constrained.py
 
     def check(self) -> None:
         """RequestError by name for settings that contradict each other or mean nothing."""
@@ -77,6 +79,10 @@ class GenerateRequest:
         if self.generated and (self.num_choices > 1 or self.echo or self.prompt_logprobs is not None):
             problem = "an answer that goes on has one choice, and its prompt was given before"
             raise RequestError(f"generated: {problem}", param="generated")
+        if self.json_schema is not None:
+            if self.echo:
+                raise RequestError("echo: the prompt before it would make an answer no JSON", param="echo")
+            check_schema(self.json_schema)
         for member, weight in self.weights.items():
             if not (weight >= 0 and math.isfinite(weight)):
                 raise RequestError(f"weights: {weight} of {member!r} is no weight", param="weights")
@@ -215,6 +221,7 @@ class SwarmContext:
     fallback: tuple[str, ...] = ()  # members that answer, in this order, when those that should do not
     health: Health = field(default_factory=Health)
     patience_s: float = PATIENCE_S  # a member that says nothing for so long has failed
+    grammars: Grammars = field(default_factory=Grammars)  # of answers that are mixed here
 
 
 @dataclass

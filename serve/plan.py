@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ssl
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from serve.accounts import check_state
 from serve.catalog import Catalog, within
 from serve.contracts import Engine, Member, SwarmContext
 from ulm import registry
+from ulm.artefacts import check_path
 from ulm.checkpoints import store
 from ulm.checkpoints.manifest import read_manifest, verify
 from ulm.errors import ConfigError, did_you_mean
+from ulm.recipes.base import resolve_path
 from ulm.recipes.serve import PATIENCE_S, Budget, Defaults, Limits, ServeRecipe
 from ulm.swarm.manifest import SEED, Swarm
 from ulm.swarm.router import Router
@@ -45,6 +49,9 @@ class Plan:
     patience_s: float = PATIENCE_S
     aliases: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Defaults] = field(default_factory=dict)
+    accounts: str | None = None  # the name of the actor that checks keys, once it runs; see serve/limits.py
+    request_log: Path | None = None
+    tls: tuple[Path, Path] | None = None  # certificate and key
 
 
 def _verified(checkpoint: Path) -> Path:
@@ -96,10 +103,42 @@ def make_plan(recipe: ServeRecipe, *, root: Path, near: Path | None) -> Plan:
         recipe.patience_s,
         recipe.aliases,
         recipe.defaults,
+        request_log=_log_path(recipe, root),
+        tls=_tls(recipe, root, near),
     )
+    if recipe.keys:
+        check_state(recipe, root)
     nobody: Any = None
     catalog_of(plan, dict.fromkeys(members, nobody))  # what is wrong with it is said here, before processes start
     return plan
+
+
+def _log_path(recipe: ServeRecipe, root: Path) -> Path | None:
+    if recipe.request_log is None:
+        return None
+    check_path(recipe.request_log, "request_log")
+    return root / recipe.request_log
+
+
+def _tls(recipe: ServeRecipe, root: Path, near: Path | None) -> tuple[Path, Path] | None:
+    """The files of a certificate and its key; ConfigError where they are not there or do not belong together."""
+    if recipe.tls is None:
+        return None
+    certificate, key = (
+        resolve_path(getattr(recipe.tls, name), near=near, root=root, place=f"tls.{name}").absolute()
+        for name in ("certificate", "key")
+    )
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key, password=_no_password)
+    except (OSError, ssl.SSLError) as error:
+        problem = f"{certificate} and {key} cannot be used: {error.strerror or error}"
+        raise ConfigError("tls", problem, "a certificate and its key without a password, as PEM files") from None
+    return certificate, key
+
+
+def _no_password() -> str:
+    """Asked for where a key has one, which OpenSSL would else ask the terminal for."""
+    return ""
 
 
 def catalog_of(plan: Plan, engines: Mapping[str, Engine]) -> Catalog:
@@ -140,7 +179,27 @@ def _with_engines(
             for name in names:
                 changes = {"engine": config.model_dump(), "context_tokens": config.context_tokens}
                 found[name] = replace(members[name], **changes)
-    return found, (*groups, *((name,) for name in members if name in own))
+    groups = [*groups, *((name,) for name in members if name in own)]
+    _check_replicas(recipe, [engine_of(found[names[0]], recipe) for names in groups])
+    return found, tuple(groups)
+
+
+def engine_of(first: PlannedMember, recipe: ServeRecipe) -> dict[str, Any] | None:
+    """The settings of a group's engine, by its first member; None for the one inside the gateway."""
+    is_inside = first.engine is None and recipe.members_per_engine is None
+    return None if is_inside else first.engine or recipe.engine
+
+
+def _check_replicas(recipe: ServeRecipe, engines: Sequence[dict[str, Any] | None]) -> None:
+    """ConfigError for replicas that cannot be, or that would be nobody's."""
+    remedy = "members_per_engine: 8, say, gives engines processes of their own"
+    if recipe.gateways > 1 and None in engines:
+        raise ConfigError("gateways", f"{recipe.gateways} of them cannot share the engine inside the gateway", remedy)
+    if recipe.replicas > 1 and all(engine is None or brings_its_deployment(engine) for engine in engines):
+        problem = "has no effect: the engine is inside the gateway"
+        if None not in engines:
+            problem, remedy = "has no effect: every engine has replicas of its own", "max_replicas of the engines"
+        raise ConfigError("replicas", problem, remedy)
 
 
 def brings_its_deployment(engine: dict[str, Any]) -> Any:

@@ -43,14 +43,14 @@ def echoes(swarm: Swarm, kind: type[EchoEngine] = EchoEngine, members: tuple[str
     return found
 
 
-def client_of(catalog: Catalog, records: Records | None = None) -> TestClient:
+def client_of(catalog: Catalog, records: Records | None = None, **more: Any) -> TestClient:
     """A client of the application; `records` takes in its metrics."""
 
     async def metrics() -> str:
         return "ray_ulm_requests_total 1\n"
 
     seen: Records = [] if records is None else records
-    app = build_app(catalog, lambda *record: seen.append(record), metrics, started=STARTED)
+    app = build_app(catalog, lambda *record: seen.append(record), metrics, started=STARTED, **more)
     return TestClient(app, raise_server_exceptions=False)
 
 

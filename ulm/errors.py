@@ -12,6 +12,10 @@ UlmError
 └── RequestError           a request to the endpoint is refused; carries OpenAI's status, type and code
     ├── ContextLengthError     prompt longer than the model's context
     ├── ModelNotFoundError     no such model at this endpoint
+    ├── InvalidKeyError        no API key, or one that is not valid
+    ├── ScopeError             the key may not do that
+    ├── RateLimitError         the key has had its share of this minute
+    ├── QuotaError             what is left of the key's quota is not enough
     ├── OverloadedError        too many requests are waiting already: ask again later
     │   └── UnavailableError   no member that could answer is up: ask again later
     └── UnknownCharacterError  text that a char tokenizer cannot spell
@@ -20,7 +24,8 @@ UlmError
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 
 
 class UlmError(Exception):
@@ -76,6 +81,11 @@ class RequestError(UlmError):
         super().__init__(message)
         self.param, self.code = param, code
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of the response that says it."""
+        return {}
+
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild_request_error, (type(self), str(self), self.param, self.code)
 
@@ -94,6 +104,74 @@ class ModelNotFoundError(RequestError):
     status = 404
 
 
+class InvalidKeyError(RequestError):
+    """No API key was given, or one that is unknown, revoked or expired; which of them is not told."""
+
+    status = 401
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = "invalid_api_key") -> None:
+        super().__init__(message, param=param, code=code)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The scheme that is wanted."""
+        return {"WWW-Authenticate": "Bearer"}
+
+
+class ScopeError(RequestError):
+    """The key is valid, and not for this."""
+
+    status = 403
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = "insufficient_permissions"
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+
+
+class RateLimitError(RequestError):
+    """A limit per minute is reached; `kind` is requests or tokens, `retry_after_s` None where waiting does not help."""
+
+    status = 429
+
+    def __init__(
+        self, message: str, *, kind: str, retry_after_s: float | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message, code="rate_limit_exceeded")
+        self.type, self.retry_after_s, self._limits = kind, retry_after_s, dict(headers or {})
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What is left, and when to come again."""
+        if self.retry_after_s is None:
+            return {**self._limits, "x-should-retry": "false"}  # OpenAI's clients heed it
+        return {**self._limits, "Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild_rate_limit_error, (str(self), self.type, self.retry_after_s, self._limits)
+
+
+def _rebuild_rate_limit_error(
+    message: str, kind: str, retry_after_s: float | None, headers: dict[str, str]
+) -> RateLimitError:
+    return RateLimitError(message, kind=kind, retry_after_s=retry_after_s, headers=headers)
+
+
+class QuotaError(RequestError):
+    """The key's quota has not enough left for this request."""
+
+    status = 429
+    type = "insufficient_quota"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = "insufficient_quota") -> None:
+        super().__init__(message, param=param, code=code)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Waiting does not help, and OpenAI's clients heed it."""
+        return {"x-should-retry": "false"}
+
+
 class OverloadedError(RequestError):
     """Too much is waiting already; the same request may be accepted in `retry_after_s` seconds."""
 
@@ -105,6 +183,11 @@ class OverloadedError(RequestError):
     ) -> None:
         super().__init__(message, param=param, code=code)
         self.retry_after_s = retry_after_s
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """When to come again."""
+        return {"Retry-After": str(math.ceil(self.retry_after_s))}
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild_overloaded_error, (type(self), str(self), self.param, self.code, self.retry_after_s)

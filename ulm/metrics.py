@@ -12,7 +12,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric as it is queried. `buckets` are upper bounds, of a histogram."""
+    """One metric as it is queried. `buckets` are upper bounds, of a histogram. Ray takes help in ASCII alone."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
@@ -42,6 +42,8 @@ _TABLE = (
     # serving; `outcome` is ok, the error's code, or cancelled
     Metric("ulm_requests_total", "counter", ("model", "strategy", "outcome"), "Requests that ended."),
     Metric("ulm_request_seconds", "histogram", ("model", "strategy"), "Arrival to last byte.", _SECONDS),
+    Metric("ulm_requests_refused_total", "counter", ("why",), "Sent away; why is gateway_full, quota and the like."),
+    Metric("ulm_retries_total", "counter", ("member",), "Calls that another replica of a member's engine took over."),
     Metric("ulm_ttft_seconds", "histogram", ("model", "strategy"), "Arrival to first token.", _SECONDS),
     Metric("ulm_tokens_total", "counter", ("model", "kind"), "Tokens served; kind is prompt or generated."),
     Metric("ulm_generated_tokens_per_second", "gauge", ("model",), "Tokens generated per second, lately."),

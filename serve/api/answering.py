@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Any
 
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from serve.api.access import Visit
 from serve.api.answers import Choices, Shape
 from serve.api.prompts import Chat, Prompt, read_prompt
 from serve.api.schema import GenerationBody
@@ -36,11 +37,12 @@ class Answering:
         self.catalog, self._record = catalog, record
 
     async def respond(
-        self, body: GenerationBody, prompts: Sequence[Prompt], shape_of: Callable[[Any, Tokenizer], Shape]
+        self, body: GenerationBody, prompts: Sequence[Prompt], shape_of: Callable[[Any, Tokenizer], Shape], visit: Visit
     ) -> JSONResponse | StreamingResponse:
         """The response, streamed or whole. Errors before the first token are raised, with their status."""
         started_s = time.monotonic()
-        model = self.catalog.model(body.model, body.ulm.strategy_options())
+        model = self.catalog.model(body.model, body.ulm.strategy_options(), visit.models)
+        visit.model = model.name
         body = body.laid_over(model.defaults)
         tags = {"model": model.name, "strategy": model.kind}
         try:
@@ -48,6 +50,7 @@ class Answering:
                 requests = await asyncio.to_thread(self._requests, body, model, prompts)
             else:
                 requests = self._requests(body, model, prompts)
+            await visit.reserve(_most_tokens(model, requests, self.catalog.budget_of(body.ulm.budget)))
             shape = shape_of(body, model.tokenizer)
             answer = self._run(body, model, requests, started_s)
             first = await anext(answer)  # so that a refusal is a status, not a broken stream
@@ -55,7 +58,7 @@ class Answering:
             self._count(tags, "refused" if isinstance(error, RequestError) else _outcome(error), started_s)
             raise
         if body.stream:
-            events = self._events(shape, requests, first, answer, tags, started_s)
+            events = self._events(shape, requests, first, answer, tags, started_s, visit)
             headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         choices, ledger = Choices([request.tokens for request in requests]), Ledger(model.kind)
@@ -67,12 +70,15 @@ class Answering:
                     choices.find(prompt, item.index)[0].add(item)
         except BaseException as error:
             self._count(tags, _outcome(error), started_s)
+            visit.tokens = 0 if isinstance(error, Exception) else choices.total_tokens  # who leaves has had them
             raise
+        await visit.used(choices.total_tokens)
         self._finish(tags, choices, ledger, started_s)
         return JSONResponse(shape.whole(choices, ledger))
 
     def _requests(self, body: GenerationBody, model: Model, prompts: Sequence[Prompt]) -> list[GenerateRequest]:
-        return [self._request(body, model, prompt) for prompt in prompts]
+        with _schema_named(body.format_place):
+            return [self._request(body, model, prompt) for prompt in prompts]
 
     def _request(self, body: GenerationBody, model: Model, prompt: Prompt) -> GenerateRequest:
         tokens = read_prompt(prompt, model.tokenizer, model.context_tokens)
@@ -104,16 +110,17 @@ class Answering:
                 yield index, TokenChunk("", (), finish_reason="length")
                 yield index, Ledger(model.kind, budget=budget, degraded=[f"ended after 0 tokens by budget.{left}"])
                 continue
-            async with aclosing(self.catalog.answer(model, request, left)) as answer:  # type: ignore[type-var]
-                async for item in answer:
-                    if isinstance(item, Ledger):
-                        item = replace(item, budget=budget)
-                        spent = _joined(spent, item)
-                    if started_s and isinstance(item, TokenChunk):
-                        tags = {"model": model.name, "strategy": model.kind}
-                        self._record("ulm_ttft_seconds", time.monotonic() - started_s, tags)
-                        started_s = 0.0
-                    yield index, item
+            with _schema_named(body.format_place):
+                async with aclosing(self.catalog.answer(model, request, left)) as answer:  # type: ignore[type-var]
+                    async for item in answer:
+                        if isinstance(item, Ledger):
+                            item = replace(item, budget=budget)
+                            spent = _joined(spent, item)
+                        if started_s and isinstance(item, TokenChunk):
+                            tags = {"model": model.name, "strategy": model.kind}
+                            self._record("ulm_ttft_seconds", time.monotonic() - started_s, tags)
+                            started_s = 0.0
+                        yield index, item
 
     async def _events(
         self,
@@ -123,6 +130,7 @@ class Answering:
         answer: AsyncIterator[tuple[int, TokenChunk | Ledger]],
         tags: dict[str, str],
         started_s: float,
+        visit: Visit,
     ) -> AsyncIterator[str]:
         choices = Choices([request.tokens for request in requests])
         ledger, outcome = Ledger(tags["strategy"]), "cancelled"
@@ -138,6 +146,7 @@ class Answering:
                 for said in shape.add(item, choice, is_new):
                     yield said
                 choice.add(item)
+            await visit.used(choices.total_tokens)
             outcome = "ok"  # before the last event: who has that may leave
             for said in shape.end(choices, ledger):
                 yield said
@@ -145,6 +154,7 @@ class Answering:
             outcome = "failed"
             yield shape.failed(str(error) or type(error).__name__)
         finally:
+            visit.tokens = choices.total_tokens
             await chained.aclose()  # type: ignore[attr-defined]  # a client that left frees its rows now
             self._finish(tags, choices, ledger, started_s, outcome)
 
@@ -173,6 +183,24 @@ async def _chain(
         yield first
         async for item in rest:
             yield item
+
+
+def _most_tokens(model: Model, requests: Sequence[GenerateRequest], budget: Budget) -> int:
+    """What the usage of these can be at most."""
+    answers = model.num_answers * sum(request.n * request.max_tokens for request in requests)
+    bound = answers if budget.max_tokens is None else min(answers, budget.max_tokens)
+    return sum(len(request.tokens) for request in requests) + bound
+
+
+@contextmanager
+def _schema_named(place: str) -> Iterator[None]:
+    """What is wrong with a schema, by the name that the body has for it."""
+    try:
+        yield
+    except RequestError as error:
+        if error.param != "json_schema":
+            raise
+        raise RequestError(place + str(error).removeprefix("json_schema"), param=place, code=error.code) from None
 
 
 def _outcome(error: BaseException) -> str:

@@ -83,6 +83,11 @@ class Choices:
         """Generated tokens, of all choices."""
         return sum(choice.num_tokens for choice in self._found.values())
 
+    @property
+    def total_tokens(self) -> int:
+        """Both."""
+        return self.num_prompt_tokens + self.num_tokens
+
 
 def usage(choices: Choices) -> dict[str, int]:
     """Tokens in, once for each prompt, and out, of all choices."""

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
+from serve.api.access import Visit
 from serve.api.prompts import read_prompt
 from serve.api.schema import MAX_PROMPTS, Body, Text, Token, several
 from serve.catalog import Catalog, Model
@@ -37,11 +38,14 @@ class EmbeddingBody(Body):
         return several(self.input)
 
 
-async def embeddings(catalog: Catalog, body: EmbeddingBody) -> dict[str, Any]:
+async def embeddings(catalog: Catalog, body: EmbeddingBody, visit: Visit) -> dict[str, Any]:
     """The vectors of all inputs."""
-    model = catalog.model(body.model)
+    model = catalog.model(body.model, allowed=visit.models)
+    visit.model = model.name
     member = _member(model)
     texts = await asyncio.to_thread(_read, model, body)
+    count = sum(map(len, texts))
+    await visit.reserve(count)
     try:
         vectors = [_unit(await member.engine.embed(member.id, tokens)) for tokens in texts]
     except MemberDownError as error:
@@ -50,7 +54,7 @@ async def embeddings(catalog: Catalog, body: EmbeddingBody) -> dict[str, Any]:
     if body.dimensions not in (None, width):
         raise RequestError(f"dimensions: {member.id} gives {width}, and no fewer", param="dimensions")
     data = [{"object": "embedding", "index": i, "embedding": _coded(v, body)} for i, v in enumerate(vectors)]
-    count = sum(map(len, texts))
+    await visit.used(count)
     return {
         "object": "list",
         "data": data,

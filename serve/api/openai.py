@@ -13,69 +13,81 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
+from serve.api.access import Guard, Visit, Visiting
 from serve.api.answering import Answering
 from serve.api.answers import ChatShape, CompletionShape
 from serve.api.document import describe
 from serve.api.embeddings import EmbeddingBody, embeddings
 from serve.api.prompts import Chat
-from serve.api.refusals import BoundedBody, handle_errors
+from serve.api.refusals import BoundedBody, BoundedOpen, handle_errors
 from serve.api.responses import ResponsesBody, ResponseShape
 from serve.api.schema import ChatBody, CompletionBody
 from serve.api.spent import Record
 from serve.api.tokens import DetokenizeBody, TokenizeBody, detokenized, tokenized
 from serve.catalog import Catalog
+from ulm.recipes.serve import MAX_OPEN
 
 
 def build_app(
-    catalog: Catalog, record: Record, metrics: Callable[[], Awaitable[str]], started: int | None = None
+    catalog: Catalog,
+    record: Record,
+    metrics: Callable[[], Awaitable[str]],
+    started: int | None = None,
+    max_open: int = MAX_OPEN,
+    guard: Guard = Guard(),  # noqa: B008  frozen
 ) -> FastAPI:
     """The endpoint as an ASGI application. `metrics` gives the text of /metrics."""
     app = FastAPI(title="µLM", description="A swarm of small language models behind OpenAI's API.")
     answering = Answering(catalog, record)
     created = started if started is not None else int(time.time())
-    handle_errors(app)
+    handle_errors(app, record)
     app.add_middleware(BoundedBody)
+    guard.add_to(app, record)
+    app.add_middleware(BoundedOpen, max_open=max_open, record=record)  # before all that takes time
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card(name) for name in catalog.names()]}
+    async def models(visit: Visiting) -> dict[str, Any]:
+        return {"object": "list", "data": [card(name, visit) for name in catalog.names(visit.models)]}
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
-        return card(name)
+    async def model(name: str, visit: Visiting) -> dict[str, Any]:
+        return card(name, visit)
 
-    def card(name: str) -> dict[str, Any]:
-        of = catalog.model(
-            name
-        )  # beside OpenAI's fields those of vLLM: what an alias stands for, and how much it reads
+    def card(name: str, visit: Visit) -> dict[str, Any]:
+        of = catalog.model(name, allowed=visit.models)
+        # beside OpenAI's fields those of vLLM: what an alias stands for, and how much it reads
         more = {"root": of.name, "max_model_len": of.context_tokens}
         return {"id": name, "object": "model", "created": created, "owned_by": "ulm", **more}
 
     @app.post("/v1/completions", response_model=None)
-    async def completions(body: CompletionBody) -> JSONResponse | StreamingResponse:
-        return await answering.respond(body, body.prompts(), CompletionShape)
+    async def completions(body: CompletionBody, visit: Visiting) -> JSONResponse | StreamingResponse:
+        return await answering.respond(body, body.prompts(), CompletionShape, visit)
 
     @app.post("/v1/chat/completions", response_model=None)
-    async def chat_completions(body: ChatBody) -> JSONResponse | StreamingResponse:
-        return await answering.respond(body, [Chat(body.plain())], ChatShape)
+    async def chat_completions(body: ChatBody, visit: Visiting) -> JSONResponse | StreamingResponse:
+        return await answering.respond(body, [Chat(body.plain())], ChatShape, visit)
 
     @app.post("/v1/responses", response_model=None)
-    async def responses(body: ResponsesBody) -> JSONResponse | StreamingResponse:
-        return await answering.respond(body, [body.chat()], ResponseShape)
+    async def responses(body: ResponsesBody, visit: Visiting) -> JSONResponse | StreamingResponse:
+        return await answering.respond(body, [body.chat()], ResponseShape, visit)
 
     @app.post("/v1/embeddings")
-    async def embed(body: EmbeddingBody) -> dict[str, Any]:
-        return await embeddings(catalog, body)
+    async def embed(body: EmbeddingBody, visit: Visiting) -> dict[str, Any]:
+        return await embeddings(catalog, body, visit)
 
     @app.post("/tokenize")  # vLLM's place
     @app.post("/v1/tokenize")
-    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
-        return await asyncio.to_thread(tokenized, catalog, body)
+    async def tokenize(body: TokenizeBody, visit: Visiting) -> dict[str, Any]:
+        found = await asyncio.to_thread(tokenized, catalog, body, visit.models)
+        await visit.take(body.model, found["count"])
+        return found
 
     @app.post("/detokenize")
     @app.post("/v1/detokenize")
-    async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
-        return await asyncio.to_thread(detokenized, catalog, body)
+    async def detokenize(body: DetokenizeBody, visit: Visiting) -> dict[str, Any]:
+        found = await asyncio.to_thread(detokenized, catalog, body, visit.models)
+        await visit.take(body.model, len(body.tokens))
+        return found
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:

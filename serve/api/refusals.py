@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -11,10 +10,16 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ulm.errors import OverloadedError, RequestError, UnsupportedError
+from ulm.errors import OverloadedError, QuotaError, RateLimitError, RequestError, UnavailableError, UnsupportedError
+
+if TYPE_CHECKING:  # torch is behind it, which Serve's proxy does without
+    from serve.api.spent import Record
 
 MAX_BODY_BYTES = 4 << 20
 MAX_SHOWN = 200  # characters of a field's name, which may be the client's own word
+# Fields whose errors say where in them, and how much of that is `param`.
+PATHS = {("ulm",): None, ("response_format",): 1, ("text",): 2}
+OPERATORS = ("/healthz", "/readyz", "/metrics")  # answered whatever else is under way
 
 
 def error_body(message: str, type_: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -43,13 +48,46 @@ class BoundedBody:
         await self._app(scope, counted, send)
 
 
-def handle_errors(app: FastAPI) -> None:
+class BoundedOpen:
+    """ASGI middleware: requests beyond `max_open` at once are refused with 503, before anything of them is read."""
+
+    def __init__(self, app: ASGIApp, max_open: int, record: Record) -> None:
+        self._app, self._max_open, self._record = app, max_open, record
+        self._num_open = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        if scope["type"] != "http" or scope["path"] in OPERATORS:
+            await self._app(scope, receive, send)
+        elif self._num_open >= self._max_open:
+            self._record("ulm_requests_refused_total", 1, {"why": "gateway_full"})
+            problem = f"{self._max_open} requests are being worked on, as many as may be at once"
+            await refusal(OverloadedError(problem, code="overloaded"))(scope, receive, send)
+        else:
+            self._num_open += 1
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                self._num_open -= 1
+
+
+def refusal(error: RequestError) -> JSONResponse:
+    """The response to a request that is refused."""
+    return JSONResponse(error_body(str(error), error.type, error.param, error.code), error.status, error.headers)
+
+
+def handle_errors(app: FastAPI, record: Record) -> None:
     """Turn every error that a route may raise into a response."""
 
     @app.exception_handler(RequestError)
     async def refused(_: Request, error: RequestError) -> JSONResponse:
-        headers = {"Retry-After": str(math.ceil(error.retry_after_s))} if isinstance(error, OverloadedError) else None
-        return JSONResponse(error_body(str(error), error.type, error.param, error.code), error.status, headers)
+        if isinstance(error, OverloadedError):
+            why = "members_down" if isinstance(error, UnavailableError) else "engines_full"
+            record("ulm_requests_refused_total", 1, {"why": why})
+        elif isinstance(error, RateLimitError | QuotaError):
+            why = "quota" if isinstance(error, QuotaError) else "rate_limit"
+            record("ulm_requests_refused_total", 1, {"why": why})
+        return refusal(error)
 
     @app.exception_handler(UnsupportedError)
     async def unsupported(_: Request, error: UnsupportedError) -> JSONResponse:
@@ -59,14 +97,15 @@ def handle_errors(app: FastAPI) -> None:
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         path = first["loc"][1:]
-        if path[:1] != ("ulm",):  # elsewhere the rest may name branches of a union
+        if path[:1] not in PATHS:  # elsewhere the rest may name branches of a union
             path = path[:1]
         place = ".".join(map(str, path))[:MAX_SHOWN]
+        param = ".".join(map(str, path[: PATHS.get(path[:1])]))[:MAX_SHOWN]
         if first["type"] == "json_invalid":
             return JSONResponse(error_body(f"The body is not JSON: {first['msg']}", "invalid_request_error"), 400)
         problem = "unknown field" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
         message = f"{place}: {problem}" if place else problem
-        return JSONResponse(error_body(message, "invalid_request_error", place or None), 400)
+        return JSONResponse(error_body(message, "invalid_request_error", param or None), 400)
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:

@@ -6,13 +6,13 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from serve.api.answers import Choice, Choices, Shape, event, ledger_json
 from serve.api.prompts import Chat
-from serve.api.schema import MAX_TOP_LOGPROBS, Body, GenerationBody, ResponseFormat, Text
+from serve.api.schema import MAX_TOP_LOGPROBS, Body, Format, GenerationBody, NamedSchema, Text
 from serve.contracts import Ledger, TokenChunk
 from ulm.tokenizers.tokenizer import Tokenizer
 
@@ -44,10 +44,33 @@ class ResponseMessage(Body):
         return {"role": self.role, "content": content}
 
 
+class TextFormat(Format):
+    """`text.format`: the fields of a NamedSchema stand beside the type."""
+
+    name: str | None = None
+    description: Text | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_it_counts(self) -> Self:
+        if self.type == "json_schema":
+            NamedSchema(**self.beside_type)
+        elif self.beside_type:
+            raise ValueError(f"{next(iter(self.beside_type))} has an effect with a type of json_schema alone")
+        return self
+
+    @property
+    def beside_type(self) -> dict[str, Any]:
+        """What else was given; a schema may hold null."""
+        given = {"name": self.name, "description": self.description, "schema": self.schema_, "strict": self.strict}
+        return {name: value for name, value in given.items() if value is not None}
+
+
 class TextSettings(Body):
     """What the text is to look like."""
 
-    format: ResponseFormat = ResponseFormat(type="text")
+    format: TextFormat = TextFormat(type="text")
     verbosity: Literal["medium"] | None = None
 
 
@@ -99,6 +122,12 @@ class ResponsesBody(GenerationBody):
     def most_tokens(self) -> int | None:
         """Tokens that an answer may have; None: as many as the context holds."""
         return self.max_output_tokens
+
+    format_place: ClassVar[str] = "text.format"
+
+    def more(self) -> dict[str, Any]:
+        """Further settings of a GenerateRequest."""
+        return {"json_schema": self.text.format.json_schema_of(self.text.format.schema_)}
 
     @property
     def num_top_logprobs(self) -> int | None:
@@ -202,7 +231,7 @@ class ResponseShape(Shape):
             "incomplete_details": None,
             "usage": None,
             **{name: getattr(self._body, name) for name in SHOWN},
-            "text": {"format": {"type": "text"}},
+            "text": {"format": {"type": self._body.text.format.type, **self._body.text.format.beside_type}},
             "top_logprobs": self._body.num_top_logprobs or 0,
             "parallel_tool_calls": False,
             "tool_choice": "none",

@@ -7,10 +7,11 @@ is an error, not a silence. Labels that change no answer (`user`, `metadata`, â€
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from serve.constrained import ANY_OBJECT, schema_text
 from serve.contracts import MAX_CHOICES
 from ulm.models.sampling import MAX_SEED, Bias, Sampling, TokenId
 from ulm.recipes.serve import Budget, Defaults, MinP, OpenAIPenalty, RepetitionPenalty, Temperature, TopP
@@ -73,10 +74,42 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
-class ResponseFormat(Body):
-    """What an answer is to look like; text is the only kind yet."""
+class NamedSchema(Body):
+    """A JSON schema, and what the client calls it; every one is followed strictly, whatever `strict` says."""
 
-    type: Literal["text"]
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: Text | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class Format(Body):
+    """What an answer is to look like."""
+
+    type: Literal["text", "json_object", "json_schema"]
+
+    def json_schema_of(self, schema: dict[str, Any] | None) -> str | None:
+        """What the answer is held to, as a request carries it; `schema` is what was given beside the type."""
+        if self.type == "text":
+            return None
+        return ANY_OBJECT if schema is None else schema_text(schema)
+
+
+class ResponseFormat(Format):
+    """`response_format` of completions and chats."""
+
+    json_schema: NamedSchema | None = None
+
+    @property
+    def schema_given(self) -> dict[str, Any] | None:
+        """The schema, without its name."""
+        return None if self.json_schema is None else self.json_schema.schema_
+
+    @model_validator(mode="after")
+    def _schema_where_it_counts(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema is what a type of json_schema needs, and no other takes")
+        return self
 
 
 class GenerationBody(Body):
@@ -124,6 +157,9 @@ class GenerationBody(Body):
     def most_tokens(self) -> int | None:
         """Tokens that an answer may have; None: as many as the context holds."""
 
+    # what its errors call GenerateRequest's json_schema
+    format_place: ClassVar[str] = "response_format"
+
     def more(self) -> dict[str, Any]:
         """Further settings of a GenerateRequest."""
         return {}
@@ -160,7 +196,8 @@ class ChoicesBody(GenerationBody):
 
     def more(self) -> dict[str, Any]:
         """Further settings of a GenerateRequest."""
-        return {"n": self.n}
+        wanted = self.response_format
+        return {"n": self.n, "json_schema": wanted and wanted.json_schema_of(wanted.schema_given)}
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any, Self
 
 from pydantic import Field, model_validator
@@ -38,9 +39,9 @@ class DetokenizeBody(Body):
     tokens: list[Token] = Field(max_length=MAX_IDS)
 
 
-def tokenized(catalog: Catalog, body: TokenizeBody) -> dict[str, Any]:
-    """The ids that a prompt is to a model."""
-    model = catalog.model(body.model)
+def tokenized(catalog: Catalog, body: TokenizeBody, allowed: Container[str] | None = None) -> dict[str, Any]:
+    """The ids that a prompt is to a model, of those `allowed`."""
+    model = catalog.model(body.model, allowed=allowed)
     tokenizer = model.tokenizer
     if body.messages is not None:
         messages = Chat([message.plain() for message in body.messages]).messages
@@ -53,9 +54,9 @@ def tokenized(catalog: Catalog, body: TokenizeBody) -> dict[str, Any]:
     return {"count": len(tokens), "max_model_len": model.context_tokens, "tokens": tokens, "token_strs": spelled}
 
 
-def detokenized(catalog: Catalog, body: DetokenizeBody) -> dict[str, Any]:
+def detokenized(catalog: Catalog, body: DetokenizeBody, allowed: Container[str] | None = None) -> dict[str, Any]:
     """The text of ids; special tokens have none."""
-    tokenizer = catalog.model(body.model).tokenizer
+    tokenizer = catalog.model(body.model, allowed=allowed).tokenizer
     wrong = next((token for token in body.tokens if token >= tokenizer.vocab_size), None)
     if wrong is not None:
         problem = f"tokens: there is no token {wrong}: the vocabulary has {tokenizer.vocab_size}"

@@ -59,6 +59,7 @@ class EchoEngine:
 
     async def members(self) -> dict[str, MemberInfo]:
         """What is loaded now."""
+        self._check_open()
         return {name: member.info for name, member in self._members.items()}
 
     async def load(self, member: str, checkpoint: str) -> MemberInfo:
@@ -92,6 +93,8 @@ class EchoEngine:
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
         """Chunks of an answer, a token a chunk in a stream; the choices go on side by side, all with the same text."""
         request.check()
+        if request.json_schema is not None:
+            raise UnsupportedError("json_schema: the echo engine says its prompt; a member of the local engine does")
         members = [self._member(name) for name, weight in request.weights.items() if weight > 0]
         tokenizer, known = members[0].tokenizer, (*request.tokens, *request.generated)
         if len({member.tokenizer.digest for member in members}) > 1:
@@ -185,6 +188,7 @@ class EchoEngine:
 
     async def stats(self) -> dict[str, float]:
         """Running answers, generated tokens, memory; nobody ever waits for another."""
+        self._check_open()
         return {
             "running": float(self._num_running),
             "waiting": 0.0,

@@ -13,6 +13,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from serve.constrained import Grammars
 from serve.contracts import GenerateRequest, Member, TokenChunk, TokenLogprob
 from serve.strategies._failures import Failures, SilentError, of_member
 from ulm.errors import UlmError
@@ -32,7 +33,7 @@ class MembersFailed(Exception):  # noqa: N818  it is caught a floor above, and n
 
 
 async def step_loop(
-    request: GenerateRequest, members: Mapping[str, Member], patience_s: float
+    request: GenerateRequest, members: Mapping[str, Member], patience_s: float, grammars: Grammars
 ) -> AsyncIterator[TokenChunk]:
     """Chunks of one token each, as an engine that holds all members would give them. Raises MembersFailed."""
     tokenizer = members[next(iter(request.weights))].tokenizer
@@ -41,7 +42,9 @@ async def step_loop(
     generated, stream = list(request.generated), TextStream(tokenizer, request.stop)
     for token in generated:
         stream.push(token)
-    prompt = request.tokens
+    prompt, constraint = request.tokens, None
+    if request.json_schema is not None:
+        constraint = await grammars.begin(tokenizer, request.json_schema, request.generated)
     for _ in range(request.max_tokens):
         text = (*prompt, *generated)
         asked = {m: members[m].engine.next_logprobs(m, text) for m in request.weights}
@@ -56,15 +59,19 @@ async def step_loop(
             raise MembersFailed(failed)
         rows = [found[member] for member in request.weights]
         logprobs_V = mix_logprobs(torch.from_numpy(np.stack(rows)), weight_N)
-        token = choose(logprobs_V, request.sampling, len(generated), prompt, generated)
+        scores_V = logprobs_V if constraint is None else constraint.masked(logprobs_V)
+        token = choose(scores_V, request.sampling, len(generated), prompt, generated)
         if token == tokenizer.eot_id:
             yield TokenChunk("", (), finish_reason="stop")
             return
         generated.append(token)
         stream.push(token)
+        if constraint is not None:
+            constraint.append(token)
+        has_ended = stream.stopped or (constraint is not None and constraint.is_whole)
         entry = TokenLogprob.of(logprobs_V, token, request.num_top_logprobs)
-        yield TokenChunk("", (token,), entry, finish_reason="stop" if stream.stopped else None)
-        if stream.stopped:
+        yield TokenChunk("", (token,), entry, finish_reason="stop" if has_ended else None)
+        if has_ended:
             return
     yield TokenChunk("", (), finish_reason="length")
 

@@ -70,16 +70,22 @@ class _Answer:
     generated: list[int] = field(default_factory=list)  # in the vocabulary of those that answer now
     num_tokens: int = 0  # in all
     finish_reason: str | None = None
+    is_stepwise: bool = False  # each token is asked for by itself
 
     @property
     def text(self) -> Text:
         """Prompt and answer so far."""
         return Text(self.tokenizer, self.prompt, tuple(self.generated))
 
-    def change_vocabulary(self, tokenizer: Tokenizer, stop: Sequence[str]) -> str:
-        """Go on in another vocabulary, in which all there is becomes the prompt; text that was held back until now."""
-        rest, self.prompt = self.stream.finish(), self.text.tokens_in(tokenizer)
-        self.tokenizer, self.generated, self.stream = tokenizer, [], TextStream(tokenizer, stop)
+    def change_vocabulary(self, tokenizer: Tokenizer, stop: Sequence[str], *, apart: bool) -> str:
+        """Go on in another vocabulary, in which all there is becomes the prompt; text that was held back until now.
+
+        `apart`: what was generated stays apart from the prompt.
+        """
+        rest, said = self.stream.finish(), self.tokenizer.decode(self.generated) if apart else ""
+        self.prompt = (replace(self.text, generated=()) if apart else self.text).tokens_in(tokenizer)
+        self.tokenizer, self.generated = tokenizer, tokenizer.encode(said)
+        self.stream = TextStream(tokenizer, stop)
         return rest
 
 
@@ -121,7 +127,8 @@ class Drive:
             elif await self._appoint(so_far):
                 tokenizer = self.members[next(iter(so_far.weights))].tokenizer
                 if tokenizer.digest != so_far.tokenizer.digest:
-                    yield TokenChunk(so_far.change_vocabulary(tokenizer, self.request.stop), ())
+                    is_json = self.request.json_schema is not None
+                    yield TokenChunk(so_far.change_vocabulary(tokenizer, self.request.stop, apart=is_json), ())
                 async with aclosing(self._window(so_far)) as chunks:
                     async for chunk in chunks:
                         yield chunk
@@ -230,7 +237,7 @@ class Drive:
             patience_s = math.inf  # the step loop has its own, and knows whom it waits for
         started_s = now_s()
         try:
-            async with aclosing(self._source(asked)) as chunks:  # type: ignore[type-var]
+            async with aclosing(self._source(asked, so_far.is_stepwise)) as chunks:  # type: ignore[type-var]
                 while True:
                     left_s = account.seconds
                     async with asyncio.timeout(_finite(min(patience_s, left_s))) as limit:
@@ -246,6 +253,10 @@ class Drive:
                         break
         except MembersFailed as failed:
             self._lose(so_far, failed.why)
+        except UnsupportedError:
+            if asked.json_schema is None or so_far.is_stepwise:
+                raise
+            so_far.is_stepwise = True  # an engine that cannot hold an answer to a schema can say what comes next
         except Exception as error:  # noqa: BLE001  whatever it is, others may answer; a request's own error is raised
             is_ours = isinstance(error, TimeoutError) and limit.expired()  # it may be the engine's, too
             if is_ours and left_s <= patience_s:
@@ -271,15 +282,15 @@ class Drive:
             sizes.append(self.every_tokens - so_far.num_tokens % self.every_tokens)
         return int(min(sizes))
 
-    def _source(self, asked: GenerateRequest) -> AsyncIterator[TokenChunk]:
+    def _source(self, asked: GenerateRequest, is_stepwise: bool) -> AsyncIterator[TokenChunk]:
         """One engine's answer where it holds all of those that speak, else a round of questions a token."""
         speaking = {name: self.members[name] for name in asked.weights}
         engines = {id(m.engine): m.engine for m in speaking.values()}
-        if len(engines) == 1:
+        if len(engines) == 1 and not is_stepwise:
             return next(iter(engines.values())).generate(asked)
         if asked.prompt_logprobs is not None:
             raise UnsupportedError("prompt_logprobs need members that share an engine; ask a single member for them")
-        return step_loop(asked, speaking, self.context.patience_s)
+        return step_loop(asked, speaking, self.context.patience_s, self.context.grammars)
 
     def _entered(self, so_far: _Answer, chunk: TokenChunk) -> TokenChunk:
         """A chunk of the engine's as it is sent on; its text is decoded here, for it may go on another's."""

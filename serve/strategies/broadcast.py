@@ -32,6 +32,10 @@ class Broadcast:
         lacking = [name for name in self.members if name not in members]
         return f"the member {lacking[0]!r}" if lacking else None
 
+    def num_answers(self, members: Mapping[str, Member]) -> int:
+        """One a member."""
+        return len(self.members or members)
+
     async def answer(
         self, request: GenerateRequest, members: Mapping[str, Member], context: SwarmContext, budget: Budget
     ) -> AsyncIterator[TokenChunk | Ledger]:

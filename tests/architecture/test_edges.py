@@ -19,6 +19,7 @@ RAY_EDGES = (
     "pipelines/*job.py",  # fnmatch's * crosses folders
     "serve/app.py",
     "serve/gateway.py",
+    "serve/graph.py",
     "serve/member.py",
     "serve/metrics.py",
     "serve/limits.py",

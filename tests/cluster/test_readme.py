@@ -25,18 +25,24 @@ def blocks(page: str, language: str) -> list[str]:
     )
 
 
-def run_page(page: str, folder: Path, port: str = "8123") -> dict[str, str]:
-    """The stdout of every console command of a page, its files written and its commands run in order."""
-    environment = {
+def environment_of(folder: Path) -> dict[str, str]:
+    return {
         **os.environ,
         "ULM_HOME": str(folder / "home"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "no_proxy": "127.0.0.1",
     }
-    for recipe in blocks(page, "yaml"):
-        name = re.match(r"# (\S+\.yaml)\n", recipe)
-        assert name, recipe
-        (folder / name[1]).write_text(recipe.replace("8123", port))
+
+
+def run_page(page: str, folder: Path, port: str = "8123") -> dict[str, str]:
+    """The stdout of every console command of a page, its files written and its commands run in order."""
+    environment = environment_of(folder)
+    for kind, ending in (("yaml", "yaml"), ("python", "py")):
+        for block in blocks(page, kind):
+            name = re.match(rf"# (\S+\.{ending})\n", block)
+            assert name or kind == "python", block
+            if name:
+                (folder / name[1]).write_text(block.replace("8123", port))
     commands = [line[2:] for block in blocks(page, "console") for line in block.splitlines() if line.startswith("$ ")]
     outputs = {}
     try:
@@ -59,7 +65,8 @@ def run_page(page: str, folder: Path, port: str = "8123") -> dict[str, str]:
 
 def results(outputs: dict[str, str]) -> dict[str, Any]:
     """The JSON that each command ended with."""
-    return {command: json.loads(out.splitlines()[-1]) for command, out in outputs.items() if out.strip()}
+    said = {command: out for command, out in outputs.items() if not command.startswith("python") and out.strip()}
+    return {command: json.loads(out.splitlines()[-1]) for command, out in said.items()}
 
 
 @pytest.mark.timeout(900)
@@ -67,14 +74,29 @@ def test_every_command_of_the_tutorial_runs_in_order(tmp_path: Path) -> None:
     with socket.socket() as probe:  # the README's port may be taken here
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    last = results(run_page("README.md", tmp_path, port))
+    outputs = run_page("README.md", tmp_path, port)
+    last = results(outputs)
     assert sum(command.startswith("ulm ") for command in last) >= 10
     assert last["ulm train train.yaml"]["step"] == 40
     assert last["ulm runs show first"]["step"] == 40
     assert last["ulm swarm train swarm.yaml"]["experts"] == 3
     completion = next(value for command, value in last.items() if "v1/completions" in command)
     assert completion["model"] == "swarm/mixture" and completion["ulm"]["calls"]
+    chat = next(value for command, value in last.items() if "v1/chat/completions" in command)
+    assert chat["choices"][0]["message"]["content"] in ('"yes"', '"no"')
+    assert "'member': 'e0" in outputs["python ask.py"]
     assert (tmp_path / "first-hf" / "config.json").is_file()
+    (example,) = [block for block in blocks("README.md", "python") if not block.startswith("# ")]
+    script = f"{example}\nprint(logits_BTV.shape)"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment_of(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert "torch.Size([2, 3, 1024])" in done.stdout and (tmp_path / "folder" / "manifest.json").is_file(), done.stderr
 
 
 @pytest.mark.timeout(600)

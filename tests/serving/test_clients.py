@@ -16,11 +16,13 @@ import pytest
 import torch
 
 import ulm
+from tests.conformance import CHECKS, Endpoint, checked
 from tests.served import endpoint
 from ulm import runtime
 from ulm.exchange.hf import export_hf
 from ulm.models.generate import generate
 from ulm.swarm.manifest import Swarm
+from ulm.tokenizers.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 CLIENTS = ROOT / ".venv-clients"
@@ -55,6 +57,20 @@ def answered(url: str, path: str, **body: Any) -> Any:
     """The endpoint's own answer to a greedy request of eight tokens to e00."""
     answer = httpx.post(f"{url}/{path}", json={"model": "e00", "temperature": 0, **body}, trust_env=False, timeout=60)
     return answer.raise_for_status().json()
+
+
+def test_all_that_the_conformance_table_asks_holds(url: str, swarm: Swarm) -> None:
+    at = Endpoint(url, "e00", Tokenizer.read(swarm.checkpoint("e00")).encode)
+    assert {f"{said.group}: {said.what}": why for said, why in checked(at) if why} == {}
+
+
+def test_the_published_table_is_of_these_checks_and_ours_passes_them() -> None:
+    """`ulm bench conformance` writes it."""
+    page = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    results = {row[0]: row[1:] for row in rows if row[-1] in ("yes", "no")}
+    assert list(results) == [said.what for said in CHECKS]
+    assert {what for what, (local, *_) in results.items() if local != "yes"} == set()
 
 
 def test_the_official_node_client(url: str) -> None:

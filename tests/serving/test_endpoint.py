@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import ulm
 from serve.contracts import GenerateRequest
-from tests.served import endpoint, free_port
+from tests.served import endpoint, engine_handle, free_port
 from ulm.cli import cluster, status
 from ulm.cli.main import app as cli
 from ulm.errors import ClusterError, MemberDownError, RequestError
@@ -112,9 +112,7 @@ def test_errors_reach_the_client_as_its_own_types(client: openai.OpenAI) -> None
 
 
 def test_a_client_that_leaves_frees_its_rows(served: dict[str, Any]) -> None:
-    from ray import serve as ray_serve
-
-    engine = ray_serve.get_deployment_handle("engine-0", "ulm")
+    engine = engine_handle()
     body = {"model": "e00", "prompt": ["The"] * 40, "max_tokens": 90, "temperature": 1}  # seconds of work
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{served['url']}/completions", json=body, timeout=0.3, trust_env=False)

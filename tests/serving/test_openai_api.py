@@ -7,11 +7,13 @@ import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import jsonschema
 import pytest
 from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
 
 import ulm
+from serve.api.access import Visit
 from serve.api.answering import Answering
 from serve.api.answers import ChatShape, CompletionShape
 from serve.api.prompts import Chat
@@ -177,6 +179,17 @@ def test_members_in_several_engines_answer_as_in_one(swarm: Swarm, engine: Local
     asyncio.run(other.close())
 
 
+def json_schema(schema: Any, **more: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, **more}}
+
+
+def deep(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(levels):
+        schema = {"not": schema}
+    return schema
+
+
 REFUSED = [
     ({"model": "nope"}, 404, "model_not_found", "model"),
     ({"prompt": "word " * 500}, 400, "context_length_exceeded", "prompt"),
@@ -196,6 +209,21 @@ REFUSED = [
     ({"min_p": 0.5, "temperature": 0}, 400, None, "min_p"),
     ({"echo": True, "logprobs": 1, "stream": True, "n": 2, "temperature": 1}, 400, None, None),
     ({"response_format": {"type": "grammar"}}, 400, None, "response_format"),
+    ({"response_format": {"type": "json_schema"}}, 400, None, "response_format"),
+    (
+        {"response_format": {"type": "json_object", "json_schema": {"name": "a", "schema": {}}}},
+        400,
+        None,
+        "response_format",
+    ),
+    ({"response_format": json_schema({}, name="a b")}, 400, None, "response_format"),
+    ({"response_format": json_schema({}, oops=1)}, 400, None, "response_format"),
+    ({"response_format": json_schema({"oops": 1})}, 400, None, "response_format"),
+    ({"response_format": json_schema({"minimum": float("nan")})}, 400, None, "response_format"),
+    ({"response_format": json_schema({"type": "integer", "minimum": 2, "maximum": 1})}, 400, None, "response_format"),
+    ({"response_format": json_schema(deep(700))}, 400, None, "response_format"),
+    ({"response_format": json_schema({"const": "\ud800"})}, 400, None, "response_format"),
+    ({"response_format": json_schema({}), "echo": True}, 400, None, "echo"),
     ({"prompt": []}, 400, None, None),
     ({"prompt": "\ud800"}, 400, None, "prompt"),
     ({"prompt": [True]}, 400, None, "prompt"),
@@ -216,6 +244,39 @@ def test_wrong_requests_are_refused_in_openais_shape(
     assert (response.status_code, error["type"]) == (status, "invalid_request_error")
     assert error["code"] == code and error["message"]
     assert error["param"] == param
+
+
+POINT = {"type": "object", "properties": {"x": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["x"]}
+CLOSED = {**POINT, "additionalProperties": False}
+
+
+def test_answers_are_json_of_their_schema_in_all_three_forms(client: TestClient) -> None:
+    drawn = {"temperature": 1, "seed": 1, "n": 3, "max_tokens": 40}
+    several = complete(client, model="swarm/mixture", response_format=json_schema(CLOSED, strict=False), **drawn)
+    for choice in several["choices"]:
+        jsonschema.validate(json.loads(choice["text"]), CLOSED)
+        assert choice["finish_reason"] == "stop"
+    chat = {"model": "swarm", "messages": [{"role": "user", "content": "a"}], "logit_bias": {"1": -1}}
+    said = events(client, "/v1/chat/completions", {**chat, "response_format": json_schema(CLOSED)})
+    text = "".join(event["choices"][0]["delta"].get("content") or "" for event in said if event["choices"])
+    jsonschema.validate(json.loads(text), CLOSED)
+    free = client.post(
+        "/v1/chat/completions", json={**chat, "max_tokens": 3, "response_format": {"type": "json_object"}}
+    )
+    assert free.json()["choices"][0]["message"]["content"].startswith("{")
+    named = {"type": "json_schema", "name": "point", "schema": {**CLOSED, "default": None}}
+    asked = {"model": "e00", "input": "a", "text": {"format": named}}
+    response = client.post("/v1/responses", json=asked).json()
+    jsonschema.validate(json.loads(response["output"][0]["content"][0]["text"]), CLOSED)
+    assert response["status"] == "completed" and response["text"] == {"format": named}
+    for wrong in (
+        {"type": "json_schema", "name": "a"},
+        {**named, "schema": {"oops": 1}},
+        {"type": "text", "name": "a"},
+    ):
+        refused = client.post("/v1/responses", json={**asked, "text": {"format": wrong}})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "text.format")
+        assert refused.json()["error"]["message"].startswith("text.format")
 
 
 def test_malformed_json_and_unknown_paths_are_refused(client: TestClient) -> None:
@@ -451,7 +512,7 @@ def test_a_client_that_leaves_at_the_first_event_ends_every_call_at_once(swarm: 
     async def body() -> None:
         asked = {"model": "swarm/broadcast", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
         chat = ChatBody.model_validate(asked)
-        response = await answering.respond(chat, [Chat(chat.plain())], ChatShape)
+        response = await answering.respond(chat, [Chat(chat.plain())], ChatShape, Visit())
         assert isinstance(response, StreamingResponse)
         events: Any = response.body_iterator
         assert "assistant" in str(await anext(events))  # the role, before the first chunk is passed on
@@ -471,7 +532,7 @@ def test_a_client_that_leaves_before_the_answer_is_counted_as_such(swarm: Swarm)
 
     async def body() -> None:
         asked = CompletionBody.model_validate({"model": "e00", "prompt": "The"})
-        waiting = asyncio.create_task(answering.respond(asked, ["The"], CompletionShape))
+        waiting = asyncio.create_task(answering.respond(asked, ["The"], CompletionShape, Visit()))
         await asyncio.sleep(0.05)
         assert (await slow.stats())["running"] == 1
         waiting.cancel()

@@ -362,7 +362,7 @@ def test_a_response_of_several_members_has_a_message_of_each(client: TestClient)
         ({"store": True}, "store"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
-        ({"text": {"format": {"type": "json_object"}}}, "text"),
+        ({"text": {"format": {"type": "grammar"}}}, "text.format"),
         ({"input": ""}, None),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
         ({"reasoning": {"effort": "high"}}, "reasoning"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serve import app
+from serve.graph import lacking
 from serve.plan import catalog_of, make_plan
 from tests.small_members import small_member
 from ulm import registry, runtime
@@ -193,7 +193,7 @@ def test_what_a_cluster_has_too_little_of_is_said_instead_of_waited_for(
     swarm: Swarm, root: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], problem: str | None
 ) -> None:
     with_vllm(monkeypatch)
-    monkeypatch.setattr(app.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
     asked = recipe(swarm=str(swarm.folder), **fields)
-    found = app.lacking(make_plan(asked, root=root, near=None), asked)
+    found = lacking(make_plan(asked, root=root, near=None), asked)
     assert found is None if problem is None else found is not None and found.startswith(problem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -15,14 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import numpy as np
 import pytest
 import torch
 
 import ulm
+from serve.constrained import Grammars, schema_text
 from serve.contracts import GenerateRequest, Member, TokenChunk
 from serve.engines.local.engine import Config, LocalEngine
 from serve.strategies._steps import step_loop
+from tests.engine import with_engine
 from tests.processes import training_workers, wait_for
 from tests.serving.test_endpoint import free_port
 from tests.trained import equal_until_a_tie, trained_nano
@@ -46,6 +50,12 @@ LONG = 60  # tokens of an answer that something happens to
 KV_CACHE_BYTES = 8 << 20
 NOISE = 0.3  # of each weight: other answers, and still text
 RESTART_S = 240.0  # a start of vLLM on a machine with much else to do
+SCHEMA = {
+    "type": "object",
+    "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}, "k": {"enum": ["a", "b"]}},
+    "required": ["n", "k"],
+    "additionalProperties": False,
+}
 Ask = Callable[[Callable[[Any], Awaitable[Any]]], Any]
 
 
@@ -100,11 +110,10 @@ def served(trio: Swarm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
 @pytest.fixture(scope="module")
 def ask(served: dict[str, Any]) -> Ask:
     """What a body gives with the vLLM member's engine as the gateway has it."""
-    from ray import serve as ray_serve
-
     from serve.member import RemoteEngine
+    from tests.served import engine_handle
 
-    engine = RemoteEngine(ray_serve.get_deployment_handle("engine-1", "ulm"))
+    engine = RemoteEngine(engine_handle(1))
 
     def run(body: Callable[[Any], Awaitable[Any]]) -> Any:
         return asyncio.run(body(engine))  # type: ignore[arg-type]
@@ -208,7 +217,7 @@ def test_a_mixture_over_a_local_member_and_one_by_vllm_is_the_one_computed_offli
             request = GenerateRequest(
                 tuple(prompt_tokens(tokenizer, PROMPTS[1])), weights, NUM_TOKENS, sampling, num_top_logprobs=0
             )
-            return TokenChunk.joined([chunk async for chunk in step_loop(request, members, 60.0)])
+            return TokenChunk.joined([chunk async for chunk in step_loop(request, members, 60.0, Grammars())])
         finally:
             await local.close()
 
@@ -306,6 +315,47 @@ def test_the_endpoint_offers_it_as_any_member_and_in_the_swarms_mixture(served: 
     mixed = {"model": "swarm/mixture", **body, "ulm": {"top_k": 3}}
     ledger = httpx.post(f"{served['url']}/completions", json=mixed, timeout=60, trust_env=False).json()["ulm"]
     assert {call["member"] for call in ledger["calls"]} == {"e00", "e01", "e02"} and not ledger["degraded"]
+
+
+def test_an_answer_is_json_of_its_schema_by_vllm_and_by_members_of_both_engines(
+    ask: Ask, served: dict[str, Any], trio: Swarm
+) -> None:
+    tokenizer, schema = ulm.load(trio.checkpoint(MEMBER))[1], schema_text(SCHEMA)
+
+    async def body(engine: Any) -> tuple[list[TokenChunk], TokenChunk]:
+        drawn = asked(tokenizer, json_schema=schema, n=3, sampling=Sampling(temperature=1.5, seed=2))
+        several = TokenChunk.by_choice([chunk async for chunk in engine.generate(drawn)])
+        greedy = await whole(engine, asked(tokenizer, json_schema=schema))
+        for cannot in ({"generated": greedy.tokens[:2]}, {"num_top_logprobs": 1}):
+            with pytest.raises(UnsupportedError, match="schema"):
+                await whole(engine, asked(tokenizer, json_schema=schema, **cannot))
+        with pytest.raises(RequestError, match="json_schema: .*Unsatisfiable"):
+            await whole(engine, asked(tokenizer, json_schema='{"enum":[]}'))
+        return several, greedy
+
+    async def local(engine: LocalEngine) -> TokenChunk:
+        return await whole(engine, asked(tokenizer, json_schema=schema))
+
+    several, greedy = ask(body)
+    assert len({chunk.text for chunk in several}) == 3
+    for chunk in several:
+        jsonschema.validate(json.loads(chunk.text), SCHEMA)
+    here = with_engine({MEMBER: trio.checkpoint(MEMBER)}, local)
+    assert (greedy.text, greedy.tokens, greedy.finish_reason) == (here.text, here.tokens, "stop")
+    wanted = {"type": "json_schema", "json_schema": {"name": "small", "schema": SCHEMA}}
+    settings = {"messages": [{"role": "user", "content": "A class"}], "response_format": wanted, "ulm": {}}
+    for more in (
+        {"model": MEMBER},
+        {"model": MEMBER, "logprobs": True},
+        {"model": "swarm/mixture"},
+        {"model": "swarm/route"},
+    ):
+        more = {**more, "ulm": {"every_tokens": 4}} if more["model"] != MEMBER else more
+        said = httpx.post(f"{served['url']}/chat/completions", json={**settings, **more}, timeout=60, trust_env=False)
+        assert said.status_code == 200, said.text
+        (choice,) = said.json()["choices"]
+        jsonschema.validate(json.loads(choice["message"]["content"]), SCHEMA)
+        assert choice["finish_reason"] == "stop"
 
 
 def test_shares_of_a_card_and_several_cards_are_what_ray_is_asked_for(served: dict[str, Any], tmp_path: Path) -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 
 import ulm
+from serve.constrained import schema_text
 from serve.contracts import GenerateRequest, TokenChunk
-from tests.serving.test_endpoint import free_port
-from tests.serving.test_vllm_member import FLOAT32, KV_CACHE_BYTES, MEMBER, NUM_TOKENS, logprobs_of, trio, whole
+from tests.served import engine_handle, free_port
+from tests.serving.test_vllm_member import FLOAT32, KV_CACHE_BYTES, MEMBER, NUM_TOKENS, SCHEMA, logprobs_of, trio, whole
 from tests.trained import PROMPTS
 from ulm import runtime
 from ulm.models.generate import prompt_tokens
@@ -32,7 +35,6 @@ def test_members_that_share_an_engine_answer_alone_and_mixed_as_offline(
     trio: Swarm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
-    from ray import serve as ray_serve
 
     from serve import app
     from serve.member import RemoteEngine
@@ -50,10 +52,12 @@ def test_members_that_share_an_engine_answer_alone_and_mixed_as_offline(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             app.up(make_plan(recipe, root=runtime.root(), near=None), recipe)
-        engine = RemoteEngine(ray_serve.get_deployment_handle("engine-0", "ulm"))  # type: ignore[arg-type]
+        engine = RemoteEngine(engine_handle())
 
         async def ask() -> tuple[TokenChunk, dict[str, Any]]:
             request = GenerateRequest(tuple(tokens), weights, NUM_TOKENS, num_top_logprobs=0)
+            held = GenerateRequest(tuple(tokens), weights, NUM_TOKENS, json_schema=schema_text(SCHEMA))
+            jsonschema.validate(json.loads((await whole(engine, held)).text), SCHEMA)
             return await whole(engine, request), {name: await engine.next_logprobs(name, tokens) for name in models}
 
         answer, alone = asyncio.run(ask())

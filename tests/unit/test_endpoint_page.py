@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
 import pytest
 import yaml
 
+from serve import constrained
 from serve.api.openai import build_app
 from serve.api.responses import ResponsesBody
 from serve.api.schema import Body, ChatBody, ChoicesBody, CompletionBody, GenerationBody
+from serve.graph import SPARE
+from serve.member import HEALTH_PERIOD_S
 from tests.page import Page
+from ulm.metrics import METRICS
 from ulm.recipes.base import validate
 from ulm.recipes.serve import Defaults, ServeRecipe
 
@@ -47,9 +52,35 @@ def test_every_path_stands_in_the_first_table() -> None:
     assert listed | {path.replace("/v1", "") for path in listed if "tokenize" in path} == served
 
 
+def test_its_json_is_a_chat_and_the_keywords_are_those_that_a_schema_may_use() -> None:
+    section = DOCS.section("JSON")
+    (block,) = re.findall(r"^```json\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+    asked = ChatBody.model_validate_json(block)
+    assert asked.more()["json_schema"] == constrained.schema_text(
+        json.loads(block)["response_format"]["json_schema"]["schema"]
+    )
+    assert constrained.check_schema(asked.more()["json_schema"]) is False
+    (rows,) = DOCS.tables("JSON")
+    listed = {name for first, *_ in rows for name in named(first)}
+    known = constrained.OF_SCHEMAS | constrained.LISTS | constrained.NESTED | constrained.PLAIN | constrained.REMARKS
+    assert listed == known
+    bounds = (constrained.MAX_SCHEMA_BYTES, constrained.MAX_DEPTH, constrained.MAX_BRANCHES)
+    assert "{:,} bytes and {} levels, and {} branches".format(*bounds) in section
+
+
 def test_its_recipe_is_one_and_its_defaults_are_all() -> None:
     (block,) = re.findall(r"^```yaml\n(.*?)^```", DOCS.text, re.DOTALL | re.MULTILINE)
     recipe = validate(ServeRecipe, {"name": "x", **yaml.safe_load(block)})
     assert recipe.aliases["gpt-4o"] == "swarm" and recipe.defaults["gpt-4o"].temperature == 0.2
     text = DOCS.section("Names and defaults").partition("model's: ")[2].partition(". Without")[0]
     assert named(text) == list(Defaults.model_fields)
+
+
+def test_its_settings_under_load_are_the_recipes_and_its_metrics_are_declared() -> None:
+    settings, metrics = DOCS.tables("Under load")
+    for name, default, _ in settings:
+        assert str(ServeRecipe.model_fields[name.strip("`")].default) == default
+    assert {name.strip("`") for name, _ in metrics} <= set(METRICS)
+    text = " ".join(DOCS.section("Under load").split())
+    assert f"when {SPARE} more than that wait in Serve's proxy" in text
+    assert f"asks every engine and gateway every {HEALTH_PERIOD_S:g} seconds" in text

@@ -137,6 +137,7 @@ def test_what_the_endpoint_does_not_pass_on_is_as_the_page_says():
     fields = set(CompletionBody.model_fields)
     listed = {name for table in tables("Requests") for row in table for name in names(row[0])}
     renamed = {"num_top_logprobs", "prompt_logprobs", "deadline_s", "generated", "tokens", "weights", "sampling"}
+    renamed.add("json_schema")  # response_format
     assert listed - fields - renamed == {"priority"}
     with pytest.raises(ValidationError, match="priority"):
         CompletionBody(model="m", priority=1)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
+from serve.constrained import ANY_OBJECT, SPELLING
 from serve.contracts import GenerateRequest, TokenChunk
 from serve.engines.vllm.arguments import arguments_of, reading
 from serve.engines.vllm.engine import Source, VllmEngine
@@ -232,6 +233,26 @@ def test_a_penalty_of_what_vllm_does_not_know_of_is_refused_by_name(name: str) -
     assert arguments_of(penalised, 8, EOT)[name] == 0.5
     with pytest.raises(UnsupportedError, match=f"{name}: the vllm engine does not count tokens"):
         arguments_of(replace(penalised, generated=(5,)), 8, EOT)
+
+
+def test_a_schema_reaches_vllm_with_its_spelling_and_what_vllm_cannot_do_beside_it_is_refused() -> None:
+    held = replace(ASKED, json_schema=ANY_OBJECT)
+    sent = json.loads(arguments_of(held, 8, EOT)["structured_outputs"]["json"])
+    assert sent == {"type": "object", "x-guidance": SPELLING}
+    assert "structured_outputs" not in arguments_of(ASKED, 8, EOT)
+    for cannot in ({"generated": (123,)}, {"num_top_logprobs": 0}, {"best_of": 2, "stream": False, "sampling": HOT}):
+        with pytest.raises(UnsupportedError, match="schema.*local engine"):
+            arguments_of(replace(held, **cannot), 8, EOT)
+
+
+def test_json_ends_where_it_is_whole_and_an_end_before_that_is_an_error(checkpoints: dict[str, Path]) -> None:
+    held = replace(ASKED, json_schema=ANY_OBJECT)
+    at_the_edge = Script([Output([said(b'{"a":1}', finish_reason="length")], finished=True)])
+    (chunk,) = run(at_the_edge, checkpoints["a"], lambda engine: chunks(engine, held))
+    assert (chunk.text, chunk.finish_reason) == ('{"a":1}', "stop")
+    too_soon = Script([Output([said(b'{"a":', finish_reason="stop")], finished=True)])
+    with pytest.raises(RequestError, match="too complex to be followed further by vllm"):
+        run(too_soon, checkpoints["a"], lambda engine: chunks(engine, held))
 
 
 def test_a_text_is_scored_with_its_last_token_as_the_only_one_that_may_follow() -> None:

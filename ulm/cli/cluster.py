@@ -59,8 +59,10 @@ def session(root: Path, address: str | None, *, dashboard: bool = False) -> Iter
 
     on_sigterm = signal.getsignal(signal.SIGTERM)
     address = address or runtime.variable("RAY_ADDRESS")
-    if address is None and (state := running(root)) is not None:
-        address = state.get("ray_address")
+    state = running(root) or {}
+    address = address or state.get("ray_address")
+    if address is not None and address == state.get("ray_address") and state.get("is_own_cluster"):
+        _show_token()
     try:
         if address is not None:
             context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -83,6 +85,14 @@ def session(root: Path, address: str | None, *, dashboard: bool = False) -> Iter
         ray.shutdown()
 
 
+def _show_token() -> None:
+    """Have this process show the user's token, which a cluster that Ray starts on one machine asks of whoever joins."""
+    from ray._raylet import Config  # type: ignore[attr-defined]  # Ray's stub leaves it out
+
+    runtime.set_variable("RAY_AUTH_MODE", "token")
+    Config.initialize("")  # Ray read the variable when it was imported
+
+
 def _object_store_bytes() -> int:
     """A quarter of the memory, at most 1 GB: batches of text are small, and /dev/shm is memory too."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -92,6 +102,17 @@ def _object_store_bytes() -> int:
 def remember(root: Path, state: dict[str, Any]) -> None:
     """Write the state file."""
     artefacts.write_json(state_file(root), state)
+
+
+@contextmanager
+def updating(root: Path) -> Iterator[None]:
+    """One process at a time changes what the endpoint of this root serves; ClusterError for the others."""
+    folder = root / "serve"
+    folder.mkdir(parents=True, exist_ok=True)
+    with artefacts.try_lock(folder) as is_ours:
+        if not is_ours:
+            raise ClusterError("another `ulm serve update` of this root is under way; wait for its end")
+        yield
 
 
 def forget(root: Path) -> None:

@@ -7,7 +7,23 @@ import sys
 import typer
 
 from ulm import __version__, runtime
-from ulm.cli import bench, console, corpus, demo, doctor, exchange, gc, jobs, models, runs, serve, status, swarm, train
+from ulm.cli import (
+    bench,
+    console,
+    corpus,
+    demo,
+    doctor,
+    exchange,
+    gc,
+    jobs,
+    keys,
+    models,
+    runs,
+    serve,
+    status,
+    swarm,
+    train,
+)
 
 app = typer.Typer(
     name="ulm",
@@ -33,7 +49,7 @@ def options(
     """Artefacts live under ULM_HOME (default ~/.ulm). The last line of stdout is one JSON document."""
 
 
-for module in (demo, corpus, train, swarm, models, exchange, serve, status, jobs, runs, gc, doctor, bench):
+for module in (demo, corpus, train, swarm, models, exchange, serve, keys, status, jobs, runs, gc, doctor, bench):
     module.add_to(app)
 
 

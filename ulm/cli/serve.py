@@ -1,4 +1,4 @@
-"""`ulm serve up|down|status`."""
+"""`ulm serve up|update|down|status`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import typer
 from ulm import runtime
 from ulm.cli import cluster, console
 from ulm.cli.options import Address, Overrides, Recipe
-from ulm.errors import ClusterError
+from ulm.errors import ClusterError, ConfigError
 from ulm.recipes import ServeRecipe, load_recipe
 
 DOWN_TIMEOUT_S = 60.0
@@ -42,6 +42,9 @@ def up(
 ) -> None:
     """Serve until Ctrl-C. Prints {"url", "models", "pid"} once every model answers.
 
+    At the end no new requests are taken, and those under way have the recipe's drain_s to finish; a second Ctrl-C
+    ends them, too.
+
     Example: ulm serve up serve.yaml --set port=8001 --set cpus=2
 
     cpus: cores that each engine computes on. Settings of its own (docs/engine.md): --set engine.dtype=bfloat16
@@ -53,7 +56,7 @@ def up(
     root = runtime.root()
     if (running := cluster.running(root)) is not None:
         problem = f"already serving at {running['url']} (pid {running['pid']})"
-        raise ClusterError(f"{problem}; end it with `ulm serve down`")
+        raise ClusterError(f"{problem}; change it with `ulm serve update`, or end it with `ulm serve down`")
     if detach:
         console.err.print(f"starting; what it says goes to {root / 'serve.log'}", soft_wrap=True)
         with console.err.status("starting the endpoint"):
@@ -61,13 +64,14 @@ def up(
         console.finish(state)
         return
     from serve import app as serve_app
+    from serve import graph
     from serve.plan import make_plan
 
     plan = make_plan(loaded, root=root, near=recipe.parent)  # what is wrong with it is said before Ray starts
     serve_app.check_port(loaded.host, loaded.port)
     out = sys.stdout
     with cluster.session(root, address, dashboard=True) as joined:
-        if (too_little := serve_app.lacking(plan, loaded)) is not None:
+        if (too_little := graph.lacking(plan, loaded)) is not None:
             if joined.is_own:
                 raise ClusterError(too_little)
             console.err.print(f"[yellow]waiting for the cluster to grow[/]: {too_little}", soft_wrap=True)
@@ -75,8 +79,10 @@ def up(
             with console.err.status("starting the engines"):
                 started = serve_app.up(plan, loaded)
             state = {**started, "pid": os.getpid()}
-            cluster.remember(root, {**state, "ray_address": joined.address, "name": loaded.name})
+            of_cluster = {"ray_address": joined.address, "is_own_cluster": joined.is_own}
+            cluster.remember(root, {**state, **of_cluster, "name": loaded.name, "drain_s": loaded.drain_s})
             _wait(state, out)
+            serve_app.drain()
         finally:
             cluster.forget(root)
             if not joined.is_own:  # a cluster of our own ends as a whole
@@ -91,7 +97,7 @@ def _wait(state: dict[str, Any], out: TextIO) -> None:
         while True:
             signal.pause()
     except (KeyboardInterrupt, console.Terminated):
-        console.err.print("ending")
+        console.err.print("ending once what is under way is answered; Ctrl-C again ends it now")
 
 
 def _detached(root: Path, recipe: Path, overrides: list[str], address: str | None) -> dict[str, Any]:
@@ -118,18 +124,55 @@ def _detached(root: Path, recipe: Path, overrides: list[str], address: str | Non
     raise ClusterError(f"the endpoint was not ready within {UP_TIMEOUT_S:.0f} s; see {log}")
 
 
+@serve.command("update")
+def update(
+    recipe: Recipe,
+    overrides: Overrides = [],  # noqa: B006  typer copies it
+) -> None:
+    """Have this root's endpoint answer by another recipe, at the same address, without refusing a request meanwhile.
+
+    Example: ulm serve update serve.yaml --set strategy.kind=route
+
+    Members, strategy, aliases, checkpoints: all may be others, host and port not. What is new is started beside what
+    answers now, which then finishes what it has, in its drain_s. Where it cannot start, all stays as it was.
+    """
+    loaded = cast(ServeRecipe, load_recipe("serve up", recipe, overrides))
+    root = runtime.root()
+    state = cluster.running(root)
+    if state is None:
+        raise ClusterError("no endpoint of this root is running; start one with `ulm serve up`")
+    from serve import app as serve_app
+    from serve import graph
+    from serve.plan import make_plan
+
+    if serve_app.url_of(loaded) != state["url"]:
+        problem = f"the recipe's {serve_app.url_of(loaded)} is not {state['url']}, where the endpoint is"
+        raise ConfigError("host, port", problem, "they stay; for others `ulm serve down`, then up")
+    plan = make_plan(loaded, root=root, near=recipe.parent)
+    if plan.tls is not None and str(plan.tls[0]) != state.get("certificate"):
+        raise ConfigError("tls", "the certificate is read when the endpoint starts", "`ulm serve down`, then up")
+    with cluster.updating(root), cluster.session(root, state["ray_address"]):
+        if (too_little := graph.lacking(plan, loaded, serve_app.running())) is not None:
+            raise ClusterError(too_little)
+        with console.err.status("starting what is new beside what answers now"):
+            state = {**state, **serve_app.update(plan, loaded)}
+        cluster.remember(root, {**state, "name": loaded.name, "drain_s": loaded.drain_s})
+    console.finish({key: state[key] for key in ("url", "models", "pid")})
+
+
 @serve.command("down")
 def down() -> None:
-    """End this root's endpoint."""
+    """End this root's endpoint: new requests are refused, those under way have the recipe's drain_s to finish."""
     state = cluster.running(runtime.root())
     if state is None:
         console.finish({"status": "not running"})
         return
     os.kill(int(state["pid"]), signal.SIGTERM)
-    deadline_s = time.monotonic() + DOWN_TIMEOUT_S
+    timeout_s = DOWN_TIMEOUT_S + state.get("drain_s", 0.0)
+    deadline_s = time.monotonic() + timeout_s
     while _alive(int(state["pid"])):
         if time.monotonic() > deadline_s:
-            raise ClusterError(f"process {state['pid']} did not end within {DOWN_TIMEOUT_S:.0f} s")
+            raise ClusterError(f"process {state['pid']} did not end within {timeout_s:.0f} s")
         time.sleep(0.1)
     console.finish({"status": "ended", "url": state["url"]})
 

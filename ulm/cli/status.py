@@ -15,10 +15,12 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ulm import runtime
+from ulm.certificates import trusting
 from ulm.cli import cluster, console, train_tables
 from ulm.metrics import EXPORTED
 
 LOOK_EVERY_S = 2.0
+API_KEY = "ULM_API_KEY"
 TIMEOUT_S = 2.0
 FAILED = ("failed", "refused", "cancelled")
 
@@ -69,9 +71,14 @@ def _endpoint(state: dict[str, Any] | None) -> dict[str, Any] | None:
     told: dict[str, Any] = {"url": state["url"], "pid": state["pid"], "problem": None}
     base = state["url"].removesuffix("/v1")
     try:
-        with httpx.Client(timeout=TIMEOUT_S, trust_env=False) as client:
+        verify, key = trusting(state.get("certificate")), runtime.variable(API_KEY)
+        with httpx.Client(timeout=TIMEOUT_S, trust_env=False, verify=verify) as client:
             ready = client.get(f"{base}/readyz").json()
-            page = client.get(f"{base}/metrics").raise_for_status().text
+            metrics = client.get(f"{base}/metrics", headers={"Authorization": f"Bearer {key}"} if key else None)
+            if metrics.status_code in (401, 403):
+                problem = f"its figures need a key with the scope admin: set {API_KEY}"
+                return {**told, "problem": problem, **figures({})}
+            page = metrics.raise_for_status().text
     except (httpx.HTTPError, ValueError) as error:
         return {**told, "problem": f"does not answer: {error or type(error).__name__}", **figures({})}
     if ready["status"] != "ready":

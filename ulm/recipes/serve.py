@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -11,6 +13,7 @@ from ulm.recipes.base import Name, Recipe, Section
 from ulm.registry import configure
 
 PATIENCE_S = 30.0
+MAX_OPEN = 1_000
 
 
 def _not_reserved(name: str) -> str:
@@ -58,6 +61,20 @@ class Defaults(Section):
     stop: tuple[str, ...] | None = Field(None, max_length=4)
 
 
+class Cors(Section):
+    """Which pages in browsers may ask."""
+
+    origins: tuple[str, ...] = Field(min_length=1)  # https://example.org; * for all
+    max_age_s: int = Field(600, ge=0)  # so long a browser remembers
+
+
+class Tls(Section):
+    """HTTPS."""
+
+    certificate: str  # path of a PEM file, with those between it and its root
+    key: str  # path of a PEM file
+
+
 class MemberSection(Section):
     """One served model."""
 
@@ -85,6 +102,43 @@ class ServeRecipe(Recipe):
     port: int = Field(8000, ge=1, le=65_535)
     cpus: float = Field(1.0, gt=0)  # of each engine replica; vllm engines say their own
     gpus: float = Field(0.0, ge=0)
+    replicas: int = Field(1, ge=1)  # of each engine in processes of its own; vllm engines say their own
+    gateways: int = Field(1, ge=1)  # replicas of the gateway
+    max_open: int = Field(MAX_OPEN, ge=1)  # requests that a gateway works on at once; beyond it they are refused
+    drain_s: float = Field(60.0, ge=0)  # so long what is under way may take to end, when the endpoint ends or changes
+
+    keys: bool | None = None  # whether requests need one; None: at this machine's own addresses no, elsewhere refused
+    database: str | None = None  # SQLAlchemy's URL; None: ULM_DATABASE_URL, else SQLite at the root
+    counters: str | None = None  # redis://…, of requests and tokens per minute; None: ULM_COUNTERS_URL, else in memory
+    cors: Cors | None = None
+    tls: Tls | None = None
+    request_log: str | None = None  # a path, for a line of JSON a request
+
+    @field_validator("database", "counters")
+    @classmethod
+    def _no_password(cls, given: str | None, info: Any) -> str | None:
+        if given is not None and re.search(r"//[^/@]*:[^/@]*@|password=", given, re.IGNORECASE):
+            variable = f"ULM_{info.field_name.upper()}_URL"
+            raise ConfigError(info.field_name, "holds a password, which recipes do not", f"set {variable} instead")
+        return given
+
+    @model_validator(mode="after")
+    def _keys_or_alone(self) -> Self:
+        if self.keys is None and not self.is_local:
+            problem = f"{self.host} can be reached from other machines, where everybody could ask"
+            raise ConfigError("keys", problem, "keys: true, and ulm keys create; or keys: false for no keys at all")
+        for name in ("database", "counters"):
+            if getattr(self, name) is not None and not self.keys:
+                raise ConfigError(name, "has no effect without keys", "keys: true, or leave it out")
+        return self
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the address is this machine's own."""
+        try:
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
 
     @field_validator("strategy", "engine", mode="before")
     @classmethod

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from serve.constrained import Constraint
 from serve.contracts import GenerateRequest, TokenChunk, TokenLogprob
 from serve.engines.local.members import Loaded
 from serve.engines.local.paged import PAGE_TOKENS
@@ -31,6 +32,7 @@ class Choice:
         for token in request.generated:  # its certain text was sent before; what is held back belongs to what follows
             self.text.push(token)
         self.row = Row.of(request.sampling.choice(index), request.tokens, request.generated)
+        self.constraint = None if answer.constraint is None else answer.constraint.copy()
         self.seats: dict[str, Any] = {}  # by member, of its runner
         self.finish_reason: str | None = None
         self.logprob_sum = 0.0
@@ -63,9 +65,14 @@ class Answer:
         members: dict[str, Loaded],
         want: Want = "text",
         mailbox: Any = None,
+        constraint: Constraint | None = None,
     ) -> None:
-        """`members` are those with a weight, as they were when it came; by `mailbox` its owner finds it again."""
+        """`members` are those with a weight, as they were when it came; by `mailbox` its owner finds it again.
+
+        `constraint` is that of a choice that has the request's `generated`.
+        """
         self.request, self.members, self.want, self.mailbox = request, members, want, mailbox
+        self.constraint = constraint
         self.received_s = time.monotonic()
         self.due_s = self.received_s - PRIORITY_S * request.priority  # whose comes first, goes first
         total = math.fsum(request.weights[m] for m in members)

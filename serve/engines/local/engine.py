@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from serve.constrained import Grammars
 from serve.contracts import GenerateRequest, MemberInfo, TokenChunk
 from serve.engines.local.answer import Answer, Want
 from serve.engines.local.members import Members, Source
@@ -66,6 +67,7 @@ class LocalEngine:
             torch.set_num_threads(config.threads)
         self._scheduler = Scheduler(config.max_answers, config.max_batch_tokens, config.max_waiting)
         self._members = Members(config, self._device, self._do)
+        self._grammars = Grammars()
         self._is_closed = False
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="local-engine", daemon=True)
@@ -149,10 +151,15 @@ class LocalEngine:
         except RuntimeError:  # it has ended
             raise UlmError(CLOSED) from None
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise UlmError(CLOSED)
+
     # ---- members
 
     async def members(self) -> dict[str, MemberInfo]:
-        """What can be asked: loaded, or put away and loaded again when it is asked."""
+        """What can be asked: loaded, or put away and loaded again when it is asked. UlmError once it has ended."""
+        self._check_open()
         return {member: source.info for member, source in list(self._members.sources.items())}
 
     async def load(self, member: str, checkpoint: str) -> MemberInfo:
@@ -189,17 +196,20 @@ class LocalEngine:
             _check_tokens(request.tokens, self._members.source(member))
             if request.generated:
                 _check_tokens(request.generated, self._members.source(member), "generated")
+        tokenizer, constraint = self._members.source(named[0]).tokenizer, None
+        if request.json_schema is not None:
+            constraint = await self._grammars.begin(tokenizer, request.json_schema, request.generated)
         mailbox = Mailbox(asyncio.get_running_loop())
 
         def begin() -> Answer | None:
             if not all(member in self._members.loaded for member in named):
                 return None
             members = {member: self._members.loaded[member] for member in named}
-            if len({m.tokenizer.digest for m in members.values()}) > 1:
+            if any(m.tokenizer.digest != tokenizer.digest for m in members.values()):
                 raise UnsupportedError("members of one mixture must share a tokenizer")
             for loaded in members.values():
                 request.sampling.check(loaded.spec.vocab_size)
-            answer = Answer(request, members, want, mailbox)
+            answer = Answer(request, members, want, mailbox, constraint)
             self._scheduler.add(answer)
             return answer
 
@@ -244,7 +254,8 @@ class LocalEngine:
             answer.cancelled = True
 
     async def stats(self) -> dict[str, float]:
-        """Running and waiting answers, generated tokens, memory."""
+        """Running and waiting answers, generated tokens, memory. UlmError once it has ended."""
+        self._check_open()
         scheduler, found = self._scheduler, {"weight_bytes": 0.0, "kv_cache_bytes": 0.0, "kv_cache_used_bytes": 0.0}
         for runner in self._members.runners:
             for name, value in runner.stats().items():
@@ -269,6 +280,7 @@ class LocalEngine:
 
     def _end(self) -> None:
         self._thread.join()
+        self._grammars.close()
         self._changes.shutdown()  # what is under way there finds the engine closed
         for runner in self._members.runners:
             runner.end()

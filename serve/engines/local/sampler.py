@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from serve.contracts import TokenLogprob
@@ -79,6 +80,7 @@ class Row:
     sampling: Sampling
     index: int = 0
     penalties: Penalties | None = None  # where no score changes
+    allowed: NDArray[np.bool_] | None = None  # of every token, whether it may be the next one; None: all may
     _draws: list[float] = field(default_factory=list)
     _first: int = 0  # the index of the first of them
 
@@ -96,6 +98,10 @@ class Row:
         if self.penalties is not None:
             self.penalties.append(token)
 
+    def may_take(self, token: int) -> bool:
+        """Whether it is allowed: where no score of a row is a number, one that is not comes out."""
+        return self.allowed is None or bool(self.allowed[token])
+
     def draw(self) -> float:
         """The random number of the next token."""
         if not 0 <= self.index - self._first < len(self._draws):
@@ -109,6 +115,8 @@ def choose_all(logits_BV: Tensor, rows: Sequence[Row]) -> list[int]:
     For a mixture of members, its row holds the mixture's log-probabilities.
     """
     scores_BV, vocab_size = logits_BV.detach().contiguous(), logits_BV.shape[1]
+    if any(row.allowed is not None for row in rows):
+        scores_BV = _allowed(scores_BV, rows)
     if any(row.penalties is not None for row in rows):
         scores_BV = _changed(scores_BV, rows)
     groups: dict[str, list[int]] = {}  # by the row's own settings alone, so that others cannot change its token
@@ -295,6 +303,16 @@ def _at_least(scores_NV: Tensor, lowest_N1: np.ndarray) -> tuple[Tensor, Tensor]
     scores_NK.reshape(-1)[place_M] = score_M
     tokens_NK.reshape(-1)[place_M] = kept_M - row_M * vocab_size
     return torch.from_numpy(scores_NK), torch.from_numpy(tokens_NK)
+
+
+def _allowed(logits_BV: Tensor, rows: Sequence[Row]) -> Tensor:
+    """A copy of the logits, -inf where a row may not go on."""
+    bound = [(at, row.allowed) for at, row in enumerate(rows) if row.allowed is not None]
+    forbidden_NV = torch.from_numpy(~np.stack([allowed for _, allowed in bound])).to(logits_BV.device)
+    places_N = torch.tensor([at for at, _ in bound], device=logits_BV.device)
+    scores_BV = logits_BV.clone()
+    scores_BV[places_N] = logits_BV[places_N].masked_fill(forbidden_NV, -torch.inf)
+    return scores_BV
 
 
 def _changed(logits_BV: Tensor, rows: Sequence[Row]) -> Tensor:

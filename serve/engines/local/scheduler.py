@@ -22,7 +22,7 @@ from serve.contracts import TokenLogprob
 from serve.engines.local.answer import Answer, Choice
 from serve.engines.local.runner import Runner, Work
 from serve.engines.local.sampler import choose_all, logprobs_of
-from ulm.errors import ContextLengthError, OverloadedError
+from ulm.errors import ContextLengthError, OverloadedError, RequestError, UlmError
 from ulm.swarm.mixture import mix_logprobs
 
 log = logging.getLogger(__name__)
@@ -385,18 +385,39 @@ class Scheduler:
                 mine += self._fork(piece.choice)
             drawn += mine
             numbers += [number] * len(mine)
+        drawn, numbers = self._constrained(drawn, numbers)
         if not drawn:
             return
         offsets = [piece.rows[0][2] - piece.rows[0][1] - 1 for piece in pieces]  # the last row of what was wanted
         logits_BV = self._logits(pieces, offsets)
-        if len(numbers) != len(pieces):
+        if numbers != list(range(len(pieces))):
             logits_BV = logits_BV[torch.tensor(numbers, device=logits_BV.device)]
         tokens = choose_all(logits_BV, [choice.row for choice in drawn])
         entries = self._entries(logits_BV, drawn, tokens)
+        failed = {c.answer for c, token in zip(drawn, tokens, strict=True) if not c.row.may_take(token)}
+        for answer in failed:
+            self._fail(answer, UlmError("the model's scores are no numbers: no token follows from them"))
         for choice, token, entry in zip(drawn, tokens, entries, strict=True):
-            self._append(choice, token, entry)
+            if choice.answer not in failed:
+                self._append(choice, token, entry)
         for answer in {id(choice.answer): choice.answer for choice in drawn}.values():
-            self._send(answer)
+            if answer not in failed:
+                self._send(answer)
+
+    def _constrained(self, drawn: list[Choice], numbers: list[int]) -> tuple[list[Choice], list[int]]:
+        """Those that get a token, told which they may take; an answer that cannot follow its schema ends with that."""
+        failed: set[Answer] = set()
+        for choice in drawn:
+            if choice.constraint is not None and choice.answer not in failed:
+                try:
+                    choice.row.allowed = choice.constraint.allowed()
+                except RequestError as error:
+                    self._fail(choice.answer, error)
+                    failed.add(choice.answer)
+        if not failed:
+            return drawn, numbers
+        kept = [n for n, choice in enumerate(drawn) if choice.answer not in failed]
+        return [drawn[n] for n in kept], [numbers[n] for n in kept]
 
     def _fork(self, first: Choice) -> list[Choice]:
         made = first.answer.fork()
@@ -427,6 +448,8 @@ class Scheduler:
         if token == answer.tokenizer.eot_id:
             self._finish(choice, "stop")
             return
+        if choice.constraint is not None:
+            choice.constraint.append(token)
         choice.tokens.append(token)
         self.num_generated_tokens += 1
         choice.row.append(token)
@@ -436,7 +459,7 @@ class Scheduler:
             choice.logprob_sum += entry.logprob
             if answer.request.num_top_logprobs is not None:
                 choice.held_logprobs.append(entry)
-        if choice.text.stopped:
+        if choice.text.stopped or (choice.constraint is not None and choice.constraint.is_whole):
             self._finish(choice, "stop")
         elif choice.num_generated >= answer.num_to_reach:
             self._finish(choice, "length")

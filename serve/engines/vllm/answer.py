@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from serve.constrained import Constraint, refusal
 from serve.contracts import GenerateRequest, TokenChunk, TokenLogprob
 from ulm.errors import RequestError, UlmError
 from ulm.models.text_stream import TextStream
@@ -26,6 +27,7 @@ class _Choice:
 
     index: int
     stream: TextStream
+    constraint: Constraint | None = None
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -54,10 +56,15 @@ class _Choice:
 class Answer:
     """All choices of one request."""
 
-    def __init__(self, request: GenerateRequest, tokenizer: Tokenizer, text: str) -> None:
-        """`text` is what each choice begins with."""
+    def __init__(
+        self, request: GenerateRequest, tokenizer: Tokenizer, text: str, constraint: Constraint | None = None
+    ) -> None:
+        """`text` is what each choice begins with, `constraint` that of a choice without tokens."""
         self._request, self._tokenizer = request, tokenizer
-        self._choices = [_Choice(index, _stream(request, tokenizer), text) for index in range(request.num_choices)]
+        self._choices = [
+            _Choice(index, _stream(request, tokenizer), constraint and constraint.copy(), text)
+            for index in range(request.num_choices)
+        ]
 
     @property
     def num_tokens(self) -> int:
@@ -122,6 +129,13 @@ class Answer:
             if choice.stream.stopped:
                 choice.finish_reason = "stop"
                 return
+            if choice.constraint is not None:
+                choice.constraint.append(token)
+                if choice.constraint.is_whole:
+                    choice.end("stop")
+                    return
+        if completion.finish_reason == "stop" and choice.constraint is not None and not choice.constraint.may_end:
+            raise refusal("is too complex to be followed further by vllm")
         if completion.finish_reason in ("stop", "length"):
             choice.end(completion.finish_reason)
         elif completion.finish_reason is not None:

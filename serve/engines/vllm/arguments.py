@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from serve.constrained import SPELLING
 from serve.contracts import GenerateRequest
 from ulm.errors import UnsupportedError
 from ulm.models.sampling import MAX_SEED, Sampling
@@ -38,6 +40,7 @@ def arguments_of(request: GenerateRequest, max_tokens: int, eot_id: int) -> dict
         "logprobs": num_logprobs,
         "prompt_logprobs": request.prompt_logprobs,
         "output_kind": "DELTA" if in_pieces else "FINAL_ONLY",
+        **_held_to(request),
     }
 
 
@@ -72,6 +75,19 @@ def looking() -> dict[str, Any]:
         "flat_logprobs": True,
         "output_kind": "FINAL_ONLY",
     }
+
+
+def _held_to(request: GenerateRequest) -> dict[str, Any]:
+    """The schema, with how it is spelled, as vLLM's guidance backend takes it."""
+    if request.json_schema is None:
+        return {}
+    if request.generated:
+        problem = "the vllm engine begins a schema anew, and cannot go on with an answer"
+        raise UnsupportedError(f"json_schema: {problem}; a member of the local engine can")
+    if request.num_top_logprobs is not None or request.num_choices > request.n:
+        problem = "beside a schema the vllm engine's are of the allowed tokens alone, not the model's own"
+        raise UnsupportedError(f"logprobs: {problem}; a member of the local engine has those")
+    return {"structured_outputs": {"json": json.dumps({**json.loads(request.json_schema), "x-guidance": SPELLING})}}
 
 
 def _check_penalties(request: GenerateRequest) -> None:

@@ -38,12 +38,14 @@ class AsyncClient:
     ) -> AsyncGenerator[Any, None]:
         """See Client."""
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
         prompt = {"prompt_token_ids": list(tokens)}
         with _errors():
             kind = RequestOutputKind[arguments["output_kind"]]
-            sampling = SamplingParams(**{**arguments, "output_kind": kind, "detokenize": False})
+            held_to = arguments.get("structured_outputs")
+            made = {"output_kind": kind, "structured_outputs": held_to and StructuredOutputsParams(**held_to)}
+            sampling = SamplingParams(**{**arguments, **made, "detokenize": False})
             outputs = self._llm.generate(prompt, sampling, uuid.uuid4().hex, priority=due_ms)
             async with aclosing(outputs) as source:
                 async for output in source:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from serve.constrained import Constraint, Grammars
 from serve.contracts import GenerateRequest, MemberInfo, TokenChunk, TokenLogprob
 from serve.engines.vllm.answer import Answer, echo, entries_of
 from serve.engines.vllm.arguments import arguments_of, looking, mixed, reading
@@ -91,6 +92,7 @@ class VllmEngine:
         self._num_generated = self._num_prompt = self._num_shared = 0  # tokens; generated in answers that have ended
         self._is_closed = False
         self._reloading = asyncio.Lock()
+        self._grammars = Grammars()
 
     # ---- members
 
@@ -164,8 +166,8 @@ class VllmEngine:
             return
         known = (*request.tokens, *request.generated)
         max_tokens = min(request.max_tokens, room(len(known), self._context_tokens))
-        answer = Answer(request, tokenizer, text)
         arguments = arguments_of(request, max_tokens, tokenizer.eot_id)
+        answer = Answer(request, tokenizer, text, await self._constraint(request))
         self._answers.add(answer)
         try:
             async with aclosing(self._asked(known, arguments, request.weights, request.priority)) as outputs:
@@ -175,6 +177,15 @@ class VllmEngine:
         finally:
             self._answers.remove(answer)
             self._num_generated += answer.num_tokens
+
+    async def _constraint(self, request: GenerateRequest) -> Constraint | None:
+        """What the answer is held to; followed here, too, for vLLM says nothing where it becomes too complex."""
+        if request.json_schema is None:
+            return None
+        if self._tokenizer.kind == "char":
+            problem = "vllm reads no char tokenizer for it; a member of the local engine does"
+            raise UnsupportedError(f"json_schema: {problem}")
+        return await self._grammars.begin(self._tokenizer, request.json_schema)
 
     async def _asked(
         self, tokens: Sequence[int], arguments: Mapping[str, Any], weights: Mapping[str, float], priority: int = 0
@@ -271,4 +282,5 @@ class VllmEngine:
     async def close(self) -> None:
         """End vLLM's processes; answers under way fail."""
         self._is_closed = True
+        self._grammars.close()
         await asyncio.to_thread(self._client.close)

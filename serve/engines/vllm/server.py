@@ -123,6 +123,7 @@ def engine_arguments(config: Config) -> dict[str, Any]:
         "logprobs_mode": "raw_logprobs",
         "scheduling_policy": "priority",
         "generation_config": "vllm",  # requests say all themselves
+        "structured_outputs_config": {"backend": "guidance"},  # the library of the local engine
         "worker_extension_cls": "serve.engines.vllm.worker.Reloading",
         # looked at when a card has less than that free, even though the cache has its own figure
         **({"gpu_memory_utilization": CARD_SHARE * min(1.0, config.gpus)} if config.gpus else {}),

@@ -1,0 +1,208 @@
+"""API keys: what they look like, what is kept of them, and `ulm keys`."""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from serve.accounts import check_state
+from serve.keys import hash_of, is_secret, new_key, parse
+from ulm.cli.main import app
+from ulm.errors import ConfigError
+from ulm.recipes.base import validate
+from ulm.recipes.serve import ServeRecipe
+
+
+def test_a_key_has_its_id_and_190_bits_that_are_never_the_same() -> None:
+    made = [new_key() for _ in range(100)]
+    assert all(re.fullmatch(r"ulm-[A-Za-z0-9]{12}-[A-Za-z0-9]{32}", key.text) for key in made)
+    assert all(key.text.startswith(f"ulm-{key.id}-") for key in made)
+    for part in ("id", "text", "salt", "hash"):
+        assert len({getattr(key, part) for key in made}) == 100
+
+
+def test_a_secret_is_known_by_its_hash_alone() -> None:
+    key, other = new_key(), new_key()
+    given = parse(f"Bearer {key.text}")
+    assert given is not None and given[0] == key.id
+    assert is_secret(given[1], (key.salt, key.hash))
+    assert not is_secret(given[1][:-1] + "_", (key.salt, key.hash))
+    assert not is_secret(given[1], (other.salt, key.hash)), "the salt is part of it"
+    assert given[1].encode() not in key.hash + key.salt
+    assert not is_secret(given[1], None)
+
+
+def test_nothing_that_shows_a_key_shows_its_secret() -> None:
+    key = new_key()
+    assert repr(key) == str(key) == f"NewKey(id={key.id!r})"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        None,
+        "",
+        "Bearer",
+        "Bearer ",
+        "Bearer none",
+        "Basic {key}",
+        "{key}",
+        "Bearer {key}x",
+        "Bearer {key} {key}",
+        "Bearer ULM{rest}",
+        "Bearer {key}\x00",
+        "Bearer " + "a" * 1_000_000,
+        "Bearer ulm-aaaaaaaaaaaé-" + "b" * 32,
+    ],
+)
+def test_what_is_no_key_is_not_read_as_one(header: str | None) -> None:
+    key = new_key().text
+    assert parse(header and header.format(key=key, rest=key[3:])) is None
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER "])
+def test_the_scheme_is_written_in_any_case(scheme: str) -> None:
+    assert parse(f"{scheme} {new_key().text}") is not None
+
+
+def test_an_unknown_id_takes_as_long_as_a_wrong_secret() -> None:
+    key = new_key()
+    kept = (key.salt, key.hash)
+
+    def median_s(known: tuple[bytes, bytes] | None) -> float:
+        times = []
+        for _ in range(2_000):
+            started_s = time.perf_counter()
+            is_secret("a" * 32, known)
+            times.append(time.perf_counter() - started_s)
+        return statistics.median(times)
+
+    ratios = sorted(median_s(None) / median_s(kept) for _ in range(5))
+    assert 0.7 < ratios[2] < 1.4
+    assert hash_of("a", b"") != hash_of("b", b"")
+
+
+# ---- ulm keys
+
+
+def run(*arguments: str, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, ["keys", *arguments])
+    if code:
+        assert isinstance(result.exception, ConfigError), result.exception
+        return result.exception
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+LIMITS = ("--requests-per-minute", "60", "--tokens-per-minute", "5000", "--quota", "1000000")
+
+
+def test_a_key_is_shown_once_and_its_secret_is_nowhere_on_disk(root: Path) -> None:
+    made = run("create", "--name", "Änna", "--model", "swarm", "--model", "e00", *LIMITS, "--expires", "30d")
+    secret = made["key"].rpartition("-")[2]
+    (listed,) = run("list")["keys"]
+    assert listed == run("show", made["id"]) == {name: value for name, value in made.items() if name != "key"}
+    assert (listed["models"], listed["quota_tokens"], listed["status"]) == (["e00", "swarm"], 1_000_000, "valid")
+    assert secret not in CliRunner().invoke(app, ["keys", "list"]).output
+    assert not any(secret.encode() in file.read_bytes() for file in root.iterdir() if file.is_file())
+    with sqlite3.connect(root / "state.db") as database:
+        (salt, hash_) = database.execute("SELECT salt, hash FROM keys").fetchone()
+    database.close()
+    assert is_secret(secret, (salt, hash_))
+
+
+def test_a_revoked_key_stays_so_and_is_still_listed(root: Path) -> None:
+    key_id = run("create", "--name", "a")["id"]
+    first = run("revoke", key_id)
+    assert first["status"] == "revoked" and first["revoked"] is not None
+    assert run("revoke", key_id) == first == run("show", key_id)
+
+
+def test_an_expired_key_is_listed_as_such(root: Path) -> None:
+    key_id = run("create", "--name", "a", "--expires", "1m")["id"]
+    with sqlite3.connect(root / "state.db") as database:
+        database.execute("UPDATE keys SET expires_s = expires_s - 61")
+    database.close()
+    assert run("show", key_id)["status"] == "expired"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("create", "--name", "a", "--scope", "root"), "--scope: there is no scope 'root' (one of infer, data, tr"),
+        (("create", "--name", "a\x1b[2J"), "--name: is no name"),
+        (("create", "--name", ""), "--name: is no name"),
+        (("create", "--name", "a", "--expires", "tomorrow"), "--expires: 'tomorrow' is no duration"),
+        (("create", "--name", "a", "--model", "x" * 201), "--model: is no name of a model"),
+        (("revoke", "a" * 12), "KEY_ID: there is no key aaaaaaaaaaaa"),
+        (("list", "--database", "mysql://a:geheim@b/c"), "database: is of a kind of database that is not supported"),
+        (("list", "--database", "geheim"), "database: is not a database's URL"),
+        (("list", "--database", "sqlite:///state.db"), "database: is SQLite without an absolute path"),
+    ],
+)
+def test_a_mistake_is_named_with_its_remedy(root: Path, arguments: tuple[str, ...], message: str) -> None:
+    error = run(*arguments, code=2)
+    assert message in str(error) and error.remedy and "geheim" not in str(error)
+
+
+def test_a_whole_key_given_for_its_id_is_not_shown_again(root: Path) -> None:
+    key = run("create", "--name", "a")["key"]
+    assert key.rpartition("-")[2] not in str(run("revoke", key, code=2))
+
+
+def test_keys_reads_the_database_of_the_environment(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ULM_DATABASE_URL", f"sqlite:///{root / 'elsewhere.db'}")
+    run("create", "--name", "a")
+    assert (root / "elsewhere.db").is_file() and not (root / "state.db").exists()
+
+
+# ---- what a recipe says of keys
+
+
+def recipe(**fields: Any) -> ServeRecipe:
+    return validate(ServeRecipe, {"name": "x", "swarm": "demo", **fields})
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org", "127.0.0.1.example.org", ""])
+def test_an_address_that_others_reach_needs_a_word_on_keys(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"keys: .* can be reached from other machines, where everybody could ask"):
+        recipe(host=host)
+    assert recipe(host=host, keys=True).keys and recipe(host=host, keys=False).keys is False
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_this_machines_own_address_needs_none(host: str) -> None:
+    assert recipe(host=host).keys is None and recipe(host=host).is_local
+
+
+@pytest.mark.parametrize("name", ["database", "counters"])
+@pytest.mark.parametrize("url", ["x://a:geheim@b/c", "x://:geheim@b", "postgresql://b/c?password=geheim"])
+def test_a_password_in_a_recipe_is_refused_and_not_shown(name: str, url: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: holds a password, which recipes do not") as error:
+        recipe(keys=True, **{name: url})
+    assert f"set ULM_{name.upper()}_URL instead" in str(error.value) and "geheim" not in str(error.value)
+    assert recipe(keys=True, database="postgresql://me@host/db").database
+
+
+def test_state_without_keys_has_no_effect_and_is_refused() -> None:
+    with pytest.raises(ConfigError, match="database: has no effect without keys"):
+        recipe(database="sqlite:////tmp/a.db")
+
+
+def test_an_endpoint_that_wants_keys_does_not_start_before_there_is_one(root: Path) -> None:
+    wanted = recipe(keys=True)
+    with pytest.raises(ConfigError, match=r"keys: there is none yet, .* \(make one: ulm keys create --name me"):
+        check_state(wanted, root)
+    key_id = run("create", "--name", "me")["id"]
+    check_state(wanted, root)
+    run("revoke", key_id)
+    with pytest.raises(ConfigError, match="there is none yet"):
+        check_state(wanted, root)
