@@ -236,13 +236,15 @@ class Grammars:
 
         RequestError for a schema that cannot be followed, and for what was generated against it.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._begin, tokenizer, schema, generated)
+        try:
+            begun = self._thread.submit(self._begin, tokenizer, schema, generated)
+        except RuntimeError:  # it has ended
+            raise UlmError("the engine was closed") from None
+        return await asyncio.wrap_future(begun)
 
     def _begin(self, tokenizer: Tokenizer, schema: str, generated: Sequence[int]) -> Constraint:
         constraint = self._compiled(tokenizer, schema).begin()
-        mask = constraint.allowed()  # here, for the first one takes longest
-        if not (mask & (np.arange(len(mask)) != tokenizer.eot_id)).any():
-            raise refusal("no JSON is as it asks for")
+        constraint.allowed()  # here, for the first one takes longest
         for token in generated:
             constraint.append(token)
         if generated and constraint.is_broken:

@@ -34,6 +34,13 @@ class Endpoint:
             base_url=url, api_key="none", max_retries=0, http_client=httpx.Client(**direct), timeout=TIMEOUT_S
         )
 
+    def __enter__(self) -> Endpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.http.close()
+        self.openai.close()
+
     def complete(self, prompt: Any = "The value of", **more: Any) -> Any:
         """A greedy completion of eight tokens, unless said otherwise."""
         asked = {"model": self.model, "prompt": prompt, "max_tokens": 8, "temperature": 0, **more}

@@ -53,8 +53,8 @@ def measured() -> Found:
         found: Found = {}
         for kind in COLUMNS:
             given = {"root": str(root), "checkpoint": str(checkpoint), "folder": str(exported), "kind": kind}
-            with endpoint(given) as url:
-                found[kind] = dict(checked(Endpoint(url, MEMBER, tokenizer.encode)))
+            with endpoint(given) as url, Endpoint(url, MEMBER, tokenizer.encode) as at:
+                found[kind] = dict(checked(at))
         return found
 
 

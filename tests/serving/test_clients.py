@@ -60,8 +60,8 @@ def answered(url: str, path: str, **body: Any) -> Any:
 
 
 def test_all_that_the_conformance_table_asks_holds(url: str, swarm: Swarm) -> None:
-    at = Endpoint(url, "e00", Tokenizer.read(swarm.checkpoint("e00")).encode)
-    assert {f"{said.group}: {said.what}": why for said, why in checked(at) if why} == {}
+    with Endpoint(url, "e00", Tokenizer.read(swarm.checkpoint("e00")).encode) as at:
+        assert {f"{said.group}: {said.what}": why for said, why in checked(at) if why} == {}
 
 
 def test_the_published_table_is_of_these_checks_and_ours_passes_them() -> None:

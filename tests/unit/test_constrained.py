@@ -431,6 +431,9 @@ def test_a_schema_that_becomes_too_complex_ends_its_own_answer_alone(tmp_path: P
         assert isinstance(refused, RequestError) and "too complex to be followed" in str(refused)
         stats = await engine.stats()
         assert stats["running"] == stats["waiting"] == 0
+        await engine.close()
+        with pytest.raises(UlmError, match="was closed"):
+            await answer(engine, asked)
 
     with_engine({"m": small_member(tmp_path, context_tokens=CONTEXT)}, body)
 
