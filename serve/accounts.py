@@ -52,6 +52,12 @@ def counters(url: str | None) -> Any:
     return made
 
 
+def check_counters(url: str | None) -> None:
+    """ConfigError for a URL of counters that is none, or where no Redis answers; what it holds is not shown."""
+    if not counters(url).check():
+        raise ConfigError("counters", "no Redis answers there", f"start it, or another URL; {COUNTERS} is one, too")
+
+
 def state_of(recipe: ServeRecipe, root: Path) -> tuple[str, str | None]:
     """The URLs of a recipe's database and counters; None for counters in memory."""
     return database_url(recipe.database, root), recipe.counters or runtime.variable(COUNTERS)
@@ -60,7 +66,7 @@ def state_of(recipe: ServeRecipe, root: Path) -> tuple[str, str | None]:
 def check_state(recipe: ServeRecipe, root: Path) -> None:
     """ConfigError and the like for state that cannot be used, and where there is no key that could be sent."""
     database, counters_url = state_of(recipe, root)
-    counters(counters_url)
+    check_counters(counters_url)
     store = Store.open(database)
     try:
         if not has_keys(store):
@@ -92,7 +98,8 @@ class Accounts:
         if not is_secret(secret, (key.salt, key.hash) if key else None) or key is None or not self._is_valid(key):
             raise InvalidKeyError(UNKNOWN_KEY)
         if scope not in key.scopes:
-            raise ScopeError(f"This key may not do that: it has the scopes {', '.join(key.scopes)}, and not {scope}")
+            problem = f"This key may not ask this path: it has the scopes {', '.join(key.scopes)}, and not {scope}"
+            raise ScopeError(f"{problem}; paths to ask models begin with /v1")
         headers = {**self._count_request(key), **self._token_headers(key)}
         metered = key.tokens_per_minute is not None or key.quota_tokens is not None
         models = None if key.models is None else frozenset(key.models)

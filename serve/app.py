@@ -5,6 +5,7 @@ Each engine is a Serve application, and so are the gateways: an engine outlives 
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 import time
@@ -56,9 +57,10 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ClusterError(
-                f"port {port} of {host} cannot be used: {error.strerror}; choose another with --set port={port + 1}"
-            ) from None
+            is_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
+            remedy = f"--set port={port + 1}" if is_port else "--set host=127.0.0.1, or an address of this machine"
+            problem = f"port {port} of {host} cannot be used: {error.strerror}"
+            raise ClusterError(f"{problem}; choose another with {remedy}") from None
 
 
 def up(plan: Plan, recipe: ServeRecipe) -> dict[str, Any]:

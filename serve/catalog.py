@@ -93,7 +93,8 @@ class Catalog:
         """
         asked, name = name, self._aliases.get(name, name)
         if name not in self._configs or not self._is_allowed(asked, allowed):
-            kind, why = asked.removeprefix(f"{SWARM}/"), did_you_mean(asked, self.names(allowed))
+            kind, known = asked.removeprefix(f"{SWARM}/"), self.names(allowed)
+            why = did_you_mean(asked, known) if known else "this key may use none of those that are served"
             if allowed is None and asked != kind and kind in registry.kinds("strategy"):
                 why = f"it needs {_strategy({'kind': kind}).missing(self.members, self.context)}"
             problem = f"The model {reprlib.repr(asked)} does not exist here ({why})"
@@ -108,7 +109,8 @@ class Catalog:
         try:
             strategy = _strategy({**config, **options})
         except ConfigError as error:
-            raise RequestError(f"ulm: {error}", param="ulm") from None
+            place = error.place.replace("strategy", "ulm", 1)  # the client's name for it
+            raise RequestError(f"{place}: {error.problem} for the strategy {config['kind']}", param="ulm") from None
         for field, limit in _beyond(self._limits, options).items():
             problem = f"{options[field]} is beyond this endpoint's limit, which is {limit}"
             raise RequestError(f"ulm.{field}: {problem}", param=f"ulm.{field}")

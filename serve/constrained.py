@@ -25,7 +25,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ulm.errors import RequestError, UlmError, UnknownCharacterError, UnsupportedError
+from ulm.errors import OverloadedError, RequestError, UlmError, UnknownCharacterError, UnsupportedError
 from ulm.tokenizers.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # a type in the stubs alone
@@ -41,6 +41,7 @@ MAX_KEPT = 16  # compiled schemas, of up to 20 MB each
 MAX_KNOWN = 128  # schemas that were looked at lately
 MAX_USES = 32  # of one, whose answers fill its tables together
 TOO_LARGE = "takes too long or too much memory to compile: smaller bounds and multiples, fewer patterns and allOf"
+MAX_WAITING = 16  # new schemas that wait for their trial
 TRIAL_S = 20.0  # for the trial of a schema, which itself takes a second of one core at most
 FREE_S, TOKEN_S = 0.1, 0.001  # for an answer, and for each of its tokens; a usual one takes 0.01 to 0.3 ms
 # Of one step, so that most take some ms at most. A state of the lexer takes 2 kB.
@@ -224,23 +225,40 @@ class Compiled:
 
 
 class Grammars:
-    """Compiles schemas, in a thread of its own: one after the other, and while nobody else waits."""
+    """Compiles schemas, in a thread of its own: one after the other, and while nobody else waits.
+
+    What has to be tried before waits elsewhere, so that answers of schemas that are known are not kept by it.
+    """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+        self._trials, self._num_waiting = ThreadPoolExecutor(1, thread_name_prefix="trials"), 0
         self._vocabularies: dict[str, LLTokenizer] = {}  # by their tokenizer's digest
         self._kept: OrderedDict[tuple[str, str], Compiled] = OrderedDict()
 
     async def begin(self, tokenizer: Tokenizer, schema: str, generated: Sequence[int] = ()) -> Constraint:
         """The constraint of an answer that has `generated` already.
 
-        RequestError for a schema that cannot be followed, and for what was generated against it.
+        RequestError for a schema that cannot be followed, and for what was generated against it; OverloadedError
+        where too many new ones wait already.
         """
         try:
+            if (tokenizer.digest, schema) not in self._kept and check_schema(schema):
+                await self._try(schema)
             begun = self._thread.submit(self._begin, tokenizer, schema, generated)
         except RuntimeError:  # it has ended
             raise UlmError("the engine was closed") from None
         return await asyncio.wrap_future(begun)
+
+    async def _try(self, schema: str) -> None:
+        """Have `tried` know it."""
+        if self._num_waiting >= MAX_WAITING:
+            raise OverloadedError(f"{MAX_WAITING} new schemas wait to be compiled", code="overloaded")
+        self._num_waiting += 1
+        try:
+            await asyncio.wrap_future(self._trials.submit(tried, schema))
+        finally:
+            self._num_waiting -= 1
 
     def _begin(self, tokenizer: Tokenizer, schema: str, generated: Sequence[int]) -> Constraint:
         constraint = self._compiled(tokenizer, schema).begin()
@@ -271,8 +289,9 @@ class Grammars:
         return self._vocabularies[tokenizer.digest]
 
     def close(self) -> None:
-        """End the thread."""
+        """End the threads."""
         self._thread.shutdown(wait=False)
+        self._trials.shutdown(wait=False, cancel_futures=True)
 
 
 class _Vocabulary:

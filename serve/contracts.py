@@ -250,6 +250,7 @@ class Ledger:
     calls: list[Call] = field(default_factory=list)
     budget: Budget = Budget()
     degraded: list[str] = field(default_factory=list)  # what was not done as asked, and why
+    num_discarded: int = 0  # tokens of answers that best_of had drawn, and that are not given
 
 
 class Strategy(Protocol):

@@ -7,22 +7,30 @@ variable for middlewares, which app.py sets.
 from __future__ import annotations
 
 import json
+import re
 import uuid
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve import connections
 from serve.api.refusals import error_body, refusal
-from ulm.errors import OverloadedError, UnavailableError
+from ulm.errors import OverloadedError, RequestError, UnavailableError
 
 VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 MIDDLEWARES = "serve.proxy.middlewares"
 RETRY_AFTER_S = 1.0
+# Serve takes orders from these headers, of anybody: wait so long, go on when the client has left, prefer that replica.
+ORDERS = frozenset(
+    (b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve-multiplexed-model-id", b"x-session-id")
+)
+REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,512}")  # as OpenAI has a client's own
 LOST = "the gateway that worked on this request has ended"
 
 
 def middlewares() -> list[Middleware]:
-    """What Serve's proxies put around themselves."""
+    """What Serve's proxies put around themselves; called in each before it listens."""
+    connections.bound()
     return [Middleware(Plain)]
 
 
@@ -34,12 +42,21 @@ class Plain:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, and its answer back."""
+        scope["headers"] = [header for header in scope["headers"] if _may_pass(*header)]
         if scope["type"] != "http" or scope["path"].startswith("/-/"):  # the proxy's own pages
             await self._app(scope, receive, send)
+            return
+        if not scope["path"].startswith("/"):  # OPTIONS *, CONNECT host
+            await refusal(RequestError("The path does not begin with /"))(scope, receive, send)
             return
         answer = _Answer(scope, receive, send)
         await self._app(scope, receive, answer.send)
         await answer.end()
+
+
+def _may_pass(name: bytes, value: bytes) -> bool:
+    name = name.replace(b"_", b"-")
+    return name not in ORDERS and (name != b"x-request-id" or REQUEST_ID.fullmatch(value) is not None)
 
 
 class _Answer:

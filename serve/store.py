@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from ulm import runtime
 from ulm.errors import ArtefactError, ClusterError, ConfigError
 
 MIGRATIONS = Path(__file__).with_name("migrations")
+MAGIC = b"SQLite format 3\0"  # what SQLite's files begin with
 BUSY_S = 10.0  # that a writer of SQLite waits for another one
 DATABASE = "ULM_DATABASE_URL"  # the environment's, which may hold a password; a recipe's may not
 _MIGRATION_LOCK = 0x756C6D  # of PostgreSQL's advisory locks: "ulm"
@@ -79,7 +81,7 @@ def checked_url(given: str, place: str = "database") -> URL:
         url = url.set(drivername="postgresql+psycopg")
     if url.drivername not in ("sqlite", "postgresql+psycopg"):
         raise ConfigError(place, "is of a kind of database that is not supported", remedy)
-    if url.drivername == "sqlite" and not (url.database or "").startswith("/"):
+    if url.drivername == "sqlite" and (not (url.database or "").startswith("/") or "\0" in str(url.database)):
         raise ConfigError(place, "is SQLite without an absolute path", remedy)
     return url
 
@@ -149,7 +151,9 @@ class Store:
 
 
 def _shown(url: URL) -> str:
-    return url.database or "" if url.drivername == "sqlite" else url.render_as_string(hide_password=True)
+    if url.drivername == "sqlite":
+        return url.database or ""
+    return url.set(query={}).render_as_string(hide_password=True)  # a query, too, may hold a password
 
 
 def _cause(error: SQLAlchemyError) -> str:
@@ -167,8 +171,10 @@ def _sqlite(url: URL, is_counter: bool) -> Engine:
     path = Path(url.database or "")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
         try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode) or os.pread(handle, len(MAGIC), 0) not in (b"", MAGIC):
+                raise ConfigError("database", f"{path} is something else", "another path")
             os.fchmod(handle, 0o600)  # the files beside it, -wal and -shm, get the same
         finally:
             os.close(handle)

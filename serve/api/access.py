@@ -230,8 +230,8 @@ class Access:
 
 def _is_here(host: str | None) -> bool:
     """Whether a Host header names this machine's own address."""
-    name = urlsplit(f"//{host or ''}").hostname
     try:
+        name = urlsplit(f"//{host or ''}").hostname
         return name == "localhost" or ipaddress.ip_address(name or "").is_loopback
     except ValueError:
         return False

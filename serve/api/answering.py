@@ -72,6 +72,7 @@ class Answering:
             self._count(tags, _outcome(error), started_s)
             visit.tokens = 0 if isinstance(error, Exception) else choices.total_tokens  # who leaves has had them
             raise
+        choices.num_discarded = ledger.num_discarded
         await visit.used(choices.total_tokens)
         self._finish(tags, choices, ledger, started_s)
         return JSONResponse(shape.whole(choices, ledger))
@@ -187,7 +188,7 @@ async def _chain(
 
 def _most_tokens(model: Model, requests: Sequence[GenerateRequest], budget: Budget) -> int:
     """What the usage of these can be at most."""
-    answers = model.num_answers * sum(request.n * request.max_tokens for request in requests)
+    answers = model.num_answers * sum(request.num_choices * request.max_tokens for request in requests)
     bound = answers if budget.max_tokens is None else min(answers, budget.max_tokens)
     return sum(len(request.tokens) for request in requests) + bound
 
@@ -208,7 +209,8 @@ def _outcome(error: BaseException) -> str:
 
 
 def _joined(ledger: Ledger, more: Ledger) -> Ledger:
-    return replace(more, calls=ledger.calls + more.calls, degraded=ledger.degraded + more.degraded)
+    both = {name: getattr(ledger, name) + getattr(more, name) for name in ("calls", "degraded", "num_discarded")}
+    return replace(more, **both)
 
 
 def _left(budget: Budget, spent: Ledger, ms: float) -> Budget | str:

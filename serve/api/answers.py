@@ -61,6 +61,7 @@ class Choices:
         self._prompts = [Prompt(tokens) for tokens in prompts]
         self._first = {0: 0}  # by prompt: OpenAI's index of its first choice
         self._found: dict[int, Choice] = {}
+        self.num_discarded = 0  # tokens of choices that best_of had drawn beside these
 
     def find(self, prompt: int, index: int) -> tuple[Choice, bool]:
         """The choice of that index among those of its prompt, and whether it is new."""
@@ -80,8 +81,8 @@ class Choices:
 
     @property
     def num_tokens(self) -> int:
-        """Generated tokens, of all choices."""
-        return sum(choice.num_tokens for choice in self._found.values())
+        """Generated tokens, of all choices and those that were drawn beside them."""
+        return self.num_discarded + sum(choice.num_tokens for choice in self._found.values())
 
     @property
     def total_tokens(self) -> int:

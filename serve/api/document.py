@@ -31,6 +31,7 @@ ASKED = {  # of a route under /v1
 }
 BODY = {  # of one with a body
     "400": "A field is wrong",
+    "408": "The body came too slowly",
     "413": "The body is too large",
 }
 STREAMED = ("/v1/completions", "/v1/chat/completions", "/v1/responses")

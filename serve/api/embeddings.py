@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from serve.api.access import Visit
 from serve.api.prompts import read_prompt
-from serve.api.schema import MAX_PROMPTS, Body, Text, Token, several
+from serve.api.schema import MAX_PROMPTS, Body, Many, Text, Token, several
 from serve.catalog import Catalog, Model
 from serve.contracts import Member
 from ulm.errors import MemberDownError, RequestError, UnavailableError, UnsupportedError
@@ -22,7 +22,7 @@ class EmbeddingBody(Body):
     """OpenAI's, with a member or an alias of one as model."""
 
     model: str = Field(max_length=200)
-    input: Text | list[Token] | list[Text] | list[list[Token]] = Field(union_mode="left_to_right")
+    input: Text | Many[Token] | Many[Text] | Many[Many[Token]] = Field(union_mode="left_to_right")
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1)
     user: str | None = None

@@ -29,6 +29,8 @@ def read_prompt(prompt: Prompt, tokenizer: Tokenizer, context_tokens: int) -> li
     text: Any = tokenizer.render_chat(prompt.messages) if isinstance(prompt, Chat) else prompt
     if isinstance(text, str) and len(text) > context_tokens * tokenizer.max_token_bytes:  # not worth tokenizing
         room(len(text) // tokenizer.max_token_bytes, context_tokens)
+    if isinstance(text, list) and len(text) > context_tokens:  # nor worth looking at one by one
+        room(len(text), context_tokens)
     if isinstance(prompt, Chat):  # from the messages: in the rendered prompt nothing tells their text apart
         return [tokenizer.eot_id, *tokenizer.encode_chat(prompt.messages)]
     tokens = prompt_tokens(tokenizer, prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
@@ -16,6 +17,7 @@ if TYPE_CHECKING:  # torch is behind it, which Serve's proxy does without
     from serve.api.spent import Record
 
 MAX_BODY_BYTES = 4 << 20
+BODY_S = 60.0
 MAX_SHOWN = 200  # characters of a field's name, which may be the client's own word
 # Fields whose errors say where in them, and how much of that is `param`.
 PATHS = {("ulm",): None, ("response_format",): 1, ("text",): 2}
@@ -28,7 +30,10 @@ def error_body(message: str, type_: str, param: str | None = None, code: str | N
 
 
 class BoundedBody:
-    """ASGI middleware: a body is read up to MAX_BODY_BYTES, whatever its headers say, and then refused with 413."""
+    """ASGI middleware: a body is read up to MAX_BODY_BYTES, whatever its headers say, and then refused with 413.
+
+    One that has not come after BODY_S is refused with 408: it has a place among those that are worked on.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -36,10 +41,17 @@ class BoundedBody:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass everything on, counting."""
         num_bytes = 0
+        until_s: float | None = asyncio.get_running_loop().time() + BODY_S  # None: it is whole
 
         async def counted() -> Message:
-            nonlocal num_bytes
-            message = await receive()
+            nonlocal num_bytes, until_s
+            try:
+                async with asyncio.timeout_at(until_s):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"The body did not come within {BODY_S:.0f} s") from None
+            if not message.get("more_body", False):
+                until_s = None
             num_bytes += len(message.get("body", b""))
             if num_bytes > MAX_BODY_BYTES:
                 raise HTTPException(413, f"The body is larger than {MAX_BODY_BYTES} bytes")
@@ -102,16 +114,33 @@ def handle_errors(app: FastAPI, record: Record) -> None:
         place = ".".join(map(str, path))[:MAX_SHOWN]
         param = ".".join(map(str, path[: PATHS.get(path[:1])]))[:MAX_SHOWN]
         if first["type"] == "json_invalid":
-            return JSONResponse(error_body(f"The body is not JSON: {first['msg']}", "invalid_request_error"), 400)
-        problem = "unknown field" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+            why = first["ctx"]["error"]
+            return JSONResponse(error_body(f"The body is not JSON: {why}", "invalid_request_error"), 400)
+        if first["type"] == "model_attributes_type" and not place:
+            message = "The body has to be a JSON object, sent with the header Content-Type: application/json"
+            return JSONResponse(error_body(message, "invalid_request_error"), 400)
+        problem = _problem(first)
         message = f"{place}: {problem}" if place else problem
         return JSONResponse(error_body(message, "invalid_request_error", param or None), 400)
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
         type_ = "invalid_request_error" if error.status_code < 500 else "server_error"
-        return JSONResponse(error_body(str(error.detail), type_), error.status_code)
+        message = str(error.detail)
+        if error.status_code in (404, 405):
+            asked = f"{request.method} {request.url.path}"[:MAX_SHOWN]
+            message = f"{message}: there is no {asked} here; /docs lists what there is"
+        return JSONResponse(error_body(message, type_), error.status_code)
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:
         return JSONResponse(error_body(f"{type(error).__name__}; see the server's log", "server_error"), 500)
+
+
+def _problem(error: dict[str, Any]) -> str:
+    """What is wrong with a field, for people."""
+    if error["type"] == "extra_forbidden":
+        return "unknown field"
+    if error["type"] == "none_required" or error["type"] == "too_long" and error["ctx"]["max_length"] == 0:
+        return "is not offered here; leave it out"
+    return str(error["msg"]).removeprefix("Value error, ")

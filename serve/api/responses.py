@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from serve.api.answers import Choice, Choices, Shape, event, ledger_json
 from serve.api.prompts import Chat
-from serve.api.schema import MAX_TOP_LOGPROBS, Body, Format, GenerationBody, NamedSchema, Text
+from serve.api.schema import MAX_TOP_LOGPROBS, Body, Format, GenerationBody, Labels, Many, NamedSchema, Text
 from serve.contracts import Ledger, TokenChunk
 from ulm.tokenizers.tokenizer import Tokenizer
 
@@ -34,7 +34,7 @@ class ResponseMessage(Body):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[ResponseText]
+    content: Text | Many[ResponseText]
     id: str | None = None
     status: str | None = None
 
@@ -77,14 +77,14 @@ class TextSettings(Body):
 class ResponsesBody(GenerationBody):
     """POST /v1/responses."""
 
-    input: Text | list[ResponseMessage]
+    input: Text | Many[ResponseMessage]
     instructions: Text | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    include: list[Literal["message.output_text.logprobs"]] = []
+    include: Many[Literal["message.output_text.logprobs"]] = []
     text: TextSettings = TextSettings()
     # labels
-    metadata: dict[str, str] = {}
+    metadata: Labels = {}
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     # neutral values only

@@ -7,9 +7,9 @@ is an error, not a silence. Labels that change no answer (`user`, `metadata`, â€
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from serve.constrained import ANY_OBJECT, schema_text
 from serve.contracts import MAX_CHOICES
@@ -19,6 +19,8 @@ from ulm.recipes.serve import Budget, Defaults, MinP, OpenAIPenalty, RepetitionP
 MAX_TOP_LOGPROBS = 20
 MAX_PROMPTS = 64
 MAX_MEMBERS = 64
+MAX_FIELDS = 100  # of an object; no body here has half as many
+MAX_LABELS = 16  # OpenAI's
 LENGTHS = ("max_completion_tokens", "max_output_tokens", "max_tokens")  # names of an answer's length, newer ones first
 
 
@@ -33,6 +35,19 @@ def _valid_unicode(text: str) -> str:
 
 Token = Annotated[int, Field(ge=0, strict=True)]  # strict: ["12"] is a text, not a token
 Text = Annotated[str, AfterValidator(_valid_unicode)]
+# A body can hold millions of wrong items. An error for each of them takes a minute and gigabytes: the first will do.
+T = TypeVar("T")
+Many = Annotated[list[T], Field(fail_fast=True)]
+
+
+def _few_fields(given: Any) -> Any:
+    """The same of fields that are not known."""
+    if isinstance(given, dict) and len(given) > MAX_FIELDS:
+        raise ValueError(f"an object has {len(given)} fields, and {MAX_FIELDS} are the most")
+    return given
+
+
+Labels = Annotated[dict[str, str], Field(max_length=MAX_LABELS, fail_fast=True)]
 
 
 def several(given: str | list[Any]) -> list[str | list[int]]:
@@ -46,16 +61,21 @@ class Body(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_bounded(cls, given: Any) -> Any:
+        return _few_fields(given)
+
 
 class UlmOptions(Body):
     """Our own field `ulm`: what this request may spend, and parameters for a strategy that has them."""
 
-    budget: Budget | None = None
+    budget: Annotated[Budget | None, BeforeValidator(_few_fields)] = None
     top_k: int | None = Field(None, ge=1, strict=True)
     every_tokens: int | None = Field(None, ge=1, strict=True)
     margin: float | None = Field(None, ge=0, le=1, strict=True)
     by: Literal["clusterer", "likelihood", "product"] | None = None
-    members: tuple[str, ...] | None = Field(None, min_length=1, max_length=MAX_MEMBERS)
+    members: tuple[str, ...] | None = Field(None, min_length=1, max_length=MAX_MEMBERS, fail_fast=True)
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:
@@ -181,8 +201,8 @@ class ChoicesBody(GenerationBody):
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     frequency_penalty: OpenAIPenalty = 0.0
     presence_penalty: OpenAIPenalty = 0.0
-    logit_bias: dict[TokenId, Bias] = {}
-    stop: Text | list[Text] | None = None
+    logit_bias: dict[TokenId, Bias] = Field({}, fail_fast=True)
+    stop: Text | Many[Text] | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
 
@@ -213,7 +233,7 @@ class ChoicesBody(GenerationBody):
 class CompletionBody(ChoicesBody):
     """POST /v1/completions."""
 
-    prompt: Text | list[Token] | list[Text] | list[list[Token]] = Field("", union_mode="left_to_right")
+    prompt: Text | Many[Token] | Many[Text] | Many[Many[Token]] = Field("", union_mode="left_to_right")
     max_tokens: int = Field(16, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool = False
@@ -264,7 +284,7 @@ class ChatMessage(Body):
     """One message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | Many[TextPart]
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
@@ -276,20 +296,20 @@ class ChatMessage(Body):
 class ChatBody(ChoicesBody):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Many[ChatMessage] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     # labels
-    metadata: dict[str, str] | None = None
+    metadata: Labels | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     # neutral values only
     tools: list[Any] = Field([], max_length=0)
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Many[Literal["text"]] | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
 

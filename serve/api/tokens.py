@@ -8,7 +8,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from serve.api.prompts import Chat
-from serve.api.schema import Body, ChatMessage, Text, Token
+from serve.api.schema import Body, ChatMessage, Many, Text, Token
 from serve.catalog import Catalog
 from ulm.errors import RequestError
 
@@ -20,7 +20,7 @@ class TokenizeBody(Body):
 
     model: str = Field(max_length=200)
     prompt: Text | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    messages: Many[ChatMessage] | None = Field(None, min_length=1)
     add_special_tokens: bool = True  # the <|endoftext|> that stands before a text, as completions read it
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -36,7 +36,7 @@ class DetokenizeBody(Body):
     """POST /v1/detokenize."""
 
     model: str = Field(max_length=200)
-    tokens: list[Token] = Field(max_length=MAX_IDS)
+    tokens: Many[Token] = Field(max_length=MAX_IDS)
 
 
 def tokenized(catalog: Catalog, body: TokenizeBody, allowed: Container[str] | None = None) -> dict[str, Any]:

@@ -394,6 +394,7 @@ async def choices(drive: Drive) -> AsyncIterator[TokenChunk | Ledger]:
             found = TokenChunk.by_choice([chunk async for chunk in chunks])
         of_prompt = next(chunk.prompt_logprobs for chunk in found if chunk.index == 0)
         found.sort(key=lambda c: (-sum(e.logprob for e in c.logprobs) / max(1, len(c.logprobs)), c.index))
+        ledger.num_discarded += sum(len(chunk.tokens) for chunk in found[request.n :])
         for index, chunk in enumerate(found[: request.n]):
             logprobs = () if num_top is None else chunk.logprobs
             yield replace(chunk, index=index, logprobs=logprobs, prompt_logprobs=() if index else of_prompt)

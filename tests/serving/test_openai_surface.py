@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fastapi.exceptions import RequestValidationError
 from fastapi.testclient import TestClient
 from openai import OpenAI
 
@@ -77,8 +78,55 @@ def test_the_best_of_several_draws_is_the_likeliest(client: TestClient) -> None:
     hot = {"temperature": 1.5, "max_tokens": 6, "logprobs": 0}
     draws = [complete(client, **hot, seed=seed)["choices"][0] for seed in range(4)]
     best = max(draws, key=lambda choice: np.mean(choice["logprobs"]["token_logprobs"]))
-    (found,) = complete(client, **hot, seed=0, best_of=4)["choices"]
+    answer = complete(client, **hot, seed=0, best_of=4)
+    (found,) = answer["choices"]
     assert found["text"] == best["text"]
+    drawn = sum(len(draw["logprobs"]["tokens"]) for draw in draws)
+    assert answer["usage"]["completion_tokens"] == drawn, "those that were not given were work, too"
+
+
+MANY = 200_000
+MISTAKES: list[tuple[str, dict[str, Any]]] = [
+    ("completions", {"prompt": [{}] * MANY}),
+    ("completions", {"prompt": [[{}] * MANY] * 2}),
+    ("completions", {"prompt": "a", "stop": [0] * MANY}),
+    ("completions", {"prompt": "a", "logit_bias": {f"a{n}": 0 for n in range(MANY)}}),
+    ("completions", {"prompt": "a", "ulm": {"members": [0] * MANY}}),
+    ("completions", {"prompt": "a", "ulm": {"budget": {f"a{n}": 0 for n in range(MANY)}}}),
+    ("completions", {"prompt": "a", **{f"a{n}": 0 for n in range(MANY)}}),
+    ("chat/completions", {"messages": [{}] * MANY}),
+    ("chat/completions", {"messages": [{"role": "user", "content": [{}] * MANY}]}),
+    ("chat/completions", {"messages": [{"role": "user", "content": "", **{f"a{n}": 0 for n in range(MANY)}}]}),
+    (
+        "chat/completions",
+        {"messages": [{"role": "user", "content": ""}], "metadata": {f"a{n}": 0 for n in range(MANY)}},
+    ),
+    ("responses", {"input": [{}] * MANY}),
+    ("responses", {"input": "a", "include": ["a"] * MANY}),
+    ("responses", {"input": "a", "metadata": {f"a{n}": 0 for n in range(MANY)}}),
+    ("embeddings", {"input": [{}] * MANY}),
+    ("tokenize", {"messages": [{}] * MANY}),
+    ("detokenize", {"tokens": [-1] * MANY}),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), MISTAKES, ids=lambda given: given if isinstance(given, str) else ",".join(given)[:30]
+)
+def test_a_body_of_many_mistakes_is_refused_for_the_first(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    """An error for each would take a minute and gigabytes for 4 MB of them."""
+    counted: list[int] = []
+    errors_of = RequestValidationError.errors
+
+    def errors(error: RequestValidationError) -> Any:
+        counted.append(len(errors_of(error)))
+        return errors_of(error)
+
+    monkeypatch.setattr(RequestValidationError, "errors", errors)
+    assert client.post(f"/v1/{path}", json={"model": "e00", **body}).status_code == 400
+    assert counted and counted[0] <= 4, "one for each form that a field may have"
 
 
 SETTINGS: list[dict[str, Any]] = [

@@ -5,28 +5,38 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
+import yaml
+from fastapi import FastAPI
 from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 from typer.testing import CliRunner
 
+from serve import connections
+from serve.api import refusals
 from serve.api.refusals import BoundedOpen
 from serve.engines.echo import EchoEngine
 from serve.engines.local.engine import LocalEngine
 from serve.member import EngineHost
 from serve.plan import make_plan
 from serve.proxy import middlewares
+from tests.serving.test_keyed_endpoint import certificate
 from tests.small_members import small_member
 from ulm.cli import cluster
 from ulm.cli.main import app as cli
+from ulm.cli.serve import of_recipe
 from ulm.errors import ClusterError, ConfigError, UlmError
 from ulm.recipes import ServeRecipe
-from ulm.recipes.base import validate
+from ulm.recipes.base import load, validate
 
 URL = "http://endpoint"
 
@@ -67,6 +77,34 @@ def test_a_gateway_works_on_so_many_at_once_and_refuses_the_others_unread() -> N
 
     asyncio.run(body())
     assert counted == [("ulm_requests_refused_total", 1, {"why": "gateway_full"})]
+
+
+def test_a_body_that_does_not_come_is_refused_and_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusals, "BODY_S", 0.05)
+    app = FastAPI()
+    app.add_middleware(refusals.BoundedBody)
+    app.add_middleware(BoundedOpen, max_open=1, record=lambda *_: None)
+    refusals.handle_errors(app, lambda *_: None)
+
+    @app.post("/v1/x")
+    async def whole(body: dict[str, Any]) -> dict[str, Any]:
+        await asyncio.sleep(0.1)  # longer than a body may take: an answer may
+        return body
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(0.5)
+
+    async def body() -> None:
+        kind = {"content-type": "application/json"}
+        async with client(app) as asking:
+            for content, status in ((slowly(), 408), (b"{}", 200), (slowly(), 408), (b"{}", 200)):
+                answer = await asking.post("/v1/x", content=content, headers=kind)
+                assert answer.status_code == status, answer.text
+                if status == 408:
+                    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+    asyncio.run(body())
 
 
 # ---- the proxy
@@ -126,6 +164,98 @@ def test_a_stream_that_ends_well_has_nothing_behind_it() -> None:
     assert answer.text == "data: [DONE]\n\n"
 
 
+def test_headers_that_serve_takes_orders_from_do_not_reach_it() -> None:
+    async def told(request: Request) -> JSONResponse:
+        return JSONResponse(dict(request.headers))
+
+    orders = [
+        "x-request-timeout-seconds",
+        "x-request-disconnect-disabled",
+        "x-session-id",
+        "serve_multiplexed_model_id",
+    ]
+    sent = {**dict.fromkeys(orders, "1"), "serve-multiplexed-model-id": "a", "authorization": "mine"}
+
+    async def body(request_id: bytes) -> dict[str, str]:
+        (middleware,) = middlewares()
+        app: Any = Starlette(routes=[Route("/", told)])
+        async with client(middleware.cls(app, *middleware.args, **middleware.kwargs)) as asking:
+            raw = [(name.encode(), value.encode()) for name, value in sent.items()]
+            answer = await asking.get("/", headers=[*raw, (b"x-request-id", request_id)])
+            return dict(answer.json())
+
+    for request_id, passes in ((b"r 1", True), (b"\xff", False), (b"a" * 513, False), (b"", False)):
+        headers = asyncio.run(body(request_id))
+        assert set(headers) & {*sent, "x-request-id"} == {"authorization", *(["x-request-id"] if passes else [])}
+
+
+def test_the_proxy_has_no_paths_without_a_beginning() -> None:
+    async def never(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError("it reached Serve")
+
+    async def body() -> list[Any]:
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        (middleware,) = middlewares()
+        app: Any = middleware.cls(never, *middleware.args, **middleware.kwargs)
+        await app({"type": "http", "method": "OPTIONS", "path": "*", "headers": []}, None, send)
+        return sent
+
+    begun, _ = asyncio.run(body())
+    assert begun["status"] == 400
+
+
+def test_a_client_has_so_long_for_its_headers_and_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HEADERS_S", 0.2)
+    connections.bound()
+
+    async def slow(request: Request) -> PlainTextResponse:
+        await asyncio.sleep(0.5)
+        return PlainTextResponse("whole")
+
+    async def said(port: int, *pieces: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            for piece in pieces:
+                writer.write(piece)
+                await writer.drain()
+                await asyncio.sleep(0.03)
+            return await reader.read()
+        except ConnectionError:
+            return b"reset"
+        finally:
+            writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
+
+    async def body() -> None:
+        server = uvicorn.Server(uvicorn.Config(Starlette(routes=[Route("/", slow)]), port=0, log_config=None))
+        serving = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        begun, end = b"GET / HTTP/1.1\r\nHost: a\r\n", b"Connection: close\r\n\r\n"
+        found = await asyncio.gather(
+            said(port),
+            said(port, begun),
+            said(port, begun, *[b"a: b\r\n"] * 20, end),
+            said(port, begun, b"a: ", *[b"b" * 40_000] * 10),
+            said(port, begun, end),
+            said(port, begun + b"\r\n", begun),  # the second is begun while the first is answered
+            said(port, begun, b"Upgrade: websocket\r\nConnection: Upgrade\r\n" + b"a: " + b"b" * 9_000 + b"\r\n\r\n"),
+        )
+        server.should_exit = True
+        await serving
+        assert {*found[:3]} <= {b"", b"reset"}
+        assert found[3] == b"reset" or b"larger than 65536 bytes" in found[3]
+        assert [answer.count(b"whole") for answer in found] == [0, 0, 0, 0, 1, 1, 1]
+
+    asyncio.run(body())
+
+
 # ---- an engine's health
 
 
@@ -167,6 +297,26 @@ def test_replicas_are_of_what_has_a_process_of_its_own(
     with pytest.raises(ConfigError) as error:
         make_plan(recipe, root=tmp_path, near=None)
     assert str(error.value).startswith(problem)
+
+
+def test_an_update_goes_on_with_the_certificate_that_up_remembered_and_with_no_other(
+    root: Path, tmp_path: Path
+) -> None:
+    members = {"a": {"checkpoint": str(small_member(tmp_path))}}
+    files = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        fields = {"members": members, "tls": certificate(tmp_path / name)}
+        files.append(tmp_path / f"{name}.yaml")
+        files[-1].write_text(yaml.safe_dump(fields))
+    served = load(ServeRecipe, files[0], [])
+    plan = make_plan(served, root=root, near=None)
+    state = {"url": "https://127.0.0.1:8000/v1", "pid": os.getpid(), "ray_address": "127.0.0.1:1"}
+    cluster.remember(root, {**state, **of_recipe(plan, served)})
+    with cluster.updating(root):
+        same, other = (CliRunner().invoke(cli, ["serve", "update", str(file)]).exception for file in files)
+    assert isinstance(same, ClusterError) and "another `ulm serve update`" in str(same)
+    assert isinstance(other, ConfigError) and str(other).startswith("tls: the certificate is read when")
 
 
 def test_an_update_needs_an_endpoint_at_the_same_address_and_is_one_at_a_time(root: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import string
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ulm
+from serve import constrained
 from serve.constrained import ANY_OBJECT, MAX_INTEGER, MAX_SCHEMA_BYTES, MAX_USES, Constraint, Grammars, schema_text
 from serve.contracts import GenerateRequest, Ledger, Member, SwarmContext, TokenChunk
 from serve.engines.echo import Config as EchoConfig
@@ -29,7 +31,7 @@ from serve.strategies._account import Account
 from serve.strategies._windows import Chosen, Drive, choices
 from tests.engine import answer, answers, with_engine
 from tests.small_members import LINEAR, a_prompt, small_member, small_model
-from ulm.errors import RequestError, UlmError, UnsupportedError
+from ulm.errors import OverloadedError, RequestError, UlmError, UnsupportedError
 from ulm.models.sampling import Sampling, choose
 from ulm.recipes.serve import Budget
 from ulm.swarm.mixture import mix_logprobs
@@ -450,6 +452,35 @@ def test_an_answer_may_not_take_much_longer_to_follow_than_its_model(monkeypatch
             other.allowed()
     with pytest.raises(RequestError, match="takes too long"):  # all choices of an answer have one allowance
         constraint.allowed()
+
+
+def test_new_schemas_that_take_long_keep_no_others_waiting_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial takes up to a second: whoever sends many new schemas would stop everybody's JSON else."""
+    may_end = threading.Event()
+
+    def slow(schema: str) -> str:
+        if "slow" in schema:
+            may_end.wait()
+        return ""
+
+    async def body() -> None:
+        grammars, known = Grammars(), schema_text({"type": "string", "pattern": "a"})
+        await grammars.begin(BYTES, known)
+        new = [schema_text({"type": "string", "pattern": f"slow{n}"}) for n in range(constrained.MAX_WAITING + 1)]
+        waiting = [asyncio.create_task(grammars.begin(BYTES, schema)) for schema in new[:-1]]
+        await asyncio.sleep(0)
+        for schema in (known, schema_text({"type": "string", "maxLength": 12})):
+            assert (await asyncio.wait_for(grammars.begin(BYTES, schema), 30)).allowed().any()
+        with pytest.raises(OverloadedError, match="16 new schemas wait to be compiled"):
+            await grammars.begin(BYTES, new[-1])
+        waiting.pop().cancel()
+        may_end.set()
+        assert len(await asyncio.gather(*waiting)) == constrained.MAX_WAITING - 1
+        await grammars.begin(BYTES, new[-1])
+        grammars.close()
+
+    monkeypatch.setattr(constrained, "tried", slow)
+    asyncio.run(body())
 
 
 def test_compiled_schemas_are_kept_for_a_while() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
 import sqlite3
 import statistics
 import time
@@ -15,6 +17,7 @@ from typer.testing import CliRunner
 
 from serve.accounts import check_state
 from serve.keys import hash_of, is_secret, new_key, parse
+from ulm.cli import cluster
 from ulm.cli.main import app
 from ulm.errors import ConfigError
 from ulm.recipes.base import validate
@@ -183,8 +186,14 @@ def test_this_machines_own_address_needs_none(host: str) -> None:
     assert recipe(host=host).keys is None and recipe(host=host).is_local
 
 
+WITH_PASSWORD = (
+    *("x://a:geheim@b/c", "x://:geheim@b", "x://a:geh/eim@b/c", "x://a:geheim/@b"),
+    *("postgresql://b/c?password=geheim", "postgresql://b/c?pass%77ord=geheim"),
+)
+
+
 @pytest.mark.parametrize("name", ["database", "counters"])
-@pytest.mark.parametrize("url", ["x://a:geheim@b/c", "x://:geheim@b", "postgresql://b/c?password=geheim"])
+@pytest.mark.parametrize("url", WITH_PASSWORD)
 def test_a_password_in_a_recipe_is_refused_and_not_shown(name: str, url: str) -> None:
     with pytest.raises(ConfigError, match=f"{name}: holds a password, which recipes do not") as error:
         recipe(keys=True, **{name: url})
@@ -206,3 +215,32 @@ def test_an_endpoint_that_wants_keys_does_not_start_before_there_is_one(root: Pa
     run("revoke", key_id)
     with pytest.raises(ConfigError, match="there is none yet"):
         check_state(wanted, root)
+
+
+def test_counters_that_nobody_keeps_are_noticed_before_the_start(root: Path) -> None:
+    run("create", "--name", "me")
+    with socket.socket() as taken:  # a port that nobody listens on
+        taken.bind(("127.0.0.1", 0))
+        wanted = recipe(keys=True, counters=f"redis://127.0.0.1:{taken.getsockname()[1]}/0")
+        with pytest.raises(ConfigError, match="counters: no Redis answers there"):
+            check_state(wanted, root)
+
+
+@pytest.mark.parametrize("origin", ["chat.example.org", "https://a.org/", "https://A.org", "https://a.org/chat", ""])
+def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
+    with pytest.raises(ConfigError, match=r"cors\.origins: '.*' is no origin \(such as https://chat.example.org"):
+        recipe(cors={"origins": [origin]})
+
+
+@pytest.mark.parametrize("origin", ["*", "null", "https://a.org", "http://localhost:5173", "chrome-extension://abc"])
+def test_an_origin_that_browsers_send_is_taken(origin: str) -> None:
+    assert recipe(cors={"origins": [origin]}).cors is not None
+
+
+def test_a_key_for_a_model_that_is_not_served_is_made_and_told(root: Path) -> None:
+    told = CliRunner().invoke(app, ["keys", "create", "--name", "a", "--model", "e0O"])
+    assert "not served now" not in told.stderr, "nothing is served"
+    cluster.remember(root, {"url": "http://127.0.0.1:1/v1", "pid": os.getpid(), "models": ["swarm", "e00"]})
+    for model, is_told in (("e00", False), ("e0O", True)):
+        told = CliRunner().invoke(app, ["keys", "create", "--name", "a", "--model", model])
+        assert told.exit_code == 0 and ("not served now: e0O" in told.stderr) == is_told

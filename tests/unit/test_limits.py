@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from serve import accounts
 from serve.accounts import LEASE_S, Accounts, counters
-from serve.limits import Checks
+from serve.limits import Checks, RemoteAccounts
 from serve.store import Store
 from tests.databases import redis_server
 from ulm.errors import ConfigError, InvalidKeyError, QuotaError, RateLimitError, RequestError, ScopeError
@@ -366,3 +367,10 @@ def test_while_redis_is_away_there_is_no_answer_either(store: Store, tmp_path: P
         checks = Checks(url, counted)
         assert checks.ask("admit", owner.header, "infer")[0].key_id == owner.id
     assert checks.ask("admit", owner.header, "infer") is None
+
+
+def test_what_is_no_key_is_refused_without_asking_the_actor() -> None:
+    """There is none in this test, and a flood of them would be everybody's wait."""
+    for given in (None, "", "Bearer none", "Basic a"):
+        with pytest.raises(InvalidKeyError, match="This endpoint wants an API key"):
+            asyncio.run(RemoteAccounts("nobody").admit(given, "infer"))

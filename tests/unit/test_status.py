@@ -50,7 +50,9 @@ def test_counts_of_all_nodes_are_added_and_fit_80_columns():
 def test_an_endpoint_that_does_not_answer_and_one_that_nobody_asked_say_so():
     dead = {"url": "http://x/v1", "pid": 1, "problem": "does not answer: refused", **status.figures({})}
     text = shown({"endpoint": dead, "runs": []})
-    assert "does not answer: refused" in text and "nobody has asked yet" in text
+    assert "does not answer: refused" in text and "nobody has asked yet" not in text
+    text = shown({"endpoint": {**dead, "problem": None}, "runs": []})
+    assert "nobody has asked yet" in text
 
 
 def test_where_nothing_is_up_it_says_how_to_begin(root):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -153,10 +154,24 @@ def test_a_link_in_the_place_of_the_file_is_refused(tmp_path: Path) -> None:
         Store.open(f"sqlite:///{tmp_path / 'state.db'}")
 
 
-def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
-    (tmp_path / "state.db").write_text("text " * 1_000)
-    with pytest.raises(ClusterError, match=r"state\.db cannot be opened: file is not a database"):
-        Store.open(f"sqlite:///{tmp_path / 'state.db'}")
+@pytest.mark.parametrize("kind", ["notes", "fifo", "device", "damaged"])
+def test_what_is_no_database_is_named_and_left_as_it_is(tmp_path: Path, kind: str) -> None:
+    path = Path("/dev/full") if kind == "device" else tmp_path / "state.db"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind != "device":
+        path.write_bytes(b"text " * 1_000 if kind == "notes" else b"SQLite format 3\0" + b"text " * 1_000)
+        path.chmod(0o644)
+    mode, problem = path.stat().st_mode, "cannot be opened: " if kind == "damaged" else "is something else"
+    with pytest.raises((ClusterError, ConfigError), match=f"{path} {problem}"):
+        Store.open(f"sqlite:///{path}")
+    if kind != "damaged":
+        assert path.stat().st_mode == mode, "who may read somebody's notes is not changed"
+
+
+def test_a_path_with_a_nul_is_refused() -> None:
+    with pytest.raises(ConfigError, match="is SQLite without an absolute path"):
+        Store.open("sqlite:////a\0b")
 
 
 # ---- URLs
@@ -166,7 +181,7 @@ def test_a_password_is_in_no_error() -> None:
     with pytest.raises(
         ClusterError, match=r"postgresql\+psycopg://a:\*\*\*@127\.0\.0\.1:1/b cannot be opened"
     ) as error:
-        Store.open("postgresql://a:geheim@127.0.0.1:1/b")
+        Store.open("postgresql://a:geheim@127.0.0.1:1/b?password=geheim")
     assert "geheim" not in str(error.value)
 
 

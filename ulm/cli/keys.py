@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ulm import runtime
-from ulm.cli import console
+from ulm.cli import cluster, console
 from ulm.errors import ConfigError
 
 UNITS_S = {"m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
@@ -74,6 +74,9 @@ def create(
         made = accounts.create(store, **fields)
         (found,) = accounts.listed(store, made.id)
     console.err.print("shown this once; send it as Authorization: Bearer …")
+    served = (cluster.running(runtime.root()) or {}).get("models", model)
+    if unknown := sorted(set(model) - set(served)):  # it may be served later
+        console.err.print(f"[yellow]not served now[/]: {console.printable(', '.join(unknown))}", soft_wrap=True)
     console.finish({**_shown(found), "key": made.text})
 
 
@@ -168,7 +171,7 @@ def _time(seconds: float | None) -> str | None:
 
 
 def _table(found: list[dict[str, Any]]) -> Table:
-    table = Table(title="keys", title_justify="left")
+    table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("id", no_wrap=True)
     table.add_column("name", overflow="fold")
     table.add_column("status", no_wrap=True)

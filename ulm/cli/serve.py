@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, TextIO, cast
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
@@ -17,6 +17,9 @@ from ulm.cli import cluster, console
 from ulm.cli.options import Address, Overrides, Recipe
 from ulm.errors import ClusterError, ConfigError
 from ulm.recipes import ServeRecipe, load_recipe
+
+if TYPE_CHECKING:  # Ray is behind it
+    from serve.plan import Plan
 
 DOWN_TIMEOUT_S = 60.0
 UP_TIMEOUT_S = 600.0
@@ -80,13 +83,19 @@ def up(
                 started = serve_app.up(plan, loaded)
             state = {**started, "pid": os.getpid()}
             of_cluster = {"ray_address": joined.address, "is_own_cluster": joined.is_own}
-            cluster.remember(root, {**state, **of_cluster, "name": loaded.name, "drain_s": loaded.drain_s})
+            cluster.remember(root, {**state, **of_cluster, **of_recipe(plan, loaded)})
             _wait(state, out)
             serve_app.drain()
         finally:
             cluster.forget(root)
             if not joined.is_own:  # a cluster of our own ends as a whole
                 serve_app.down()
+
+
+def of_recipe(plan: Plan, recipe: ServeRecipe) -> dict[str, Any]:
+    """What `update`, `down` and `ulm status` have to know of the recipe that is served."""
+    certificate = str(plan.tls[0]) if plan.tls else None
+    return {"name": recipe.name, "drain_s": recipe.drain_s, "certificate": certificate}
 
 
 def _wait(state: dict[str, Any], out: TextIO) -> None:
@@ -156,7 +165,7 @@ def update(
             raise ClusterError(too_little)
         with console.err.status("starting what is new beside what answers now"):
             state = {**state, **serve_app.update(plan, loaded)}
-        cluster.remember(root, {**state, "name": loaded.name, "drain_s": loaded.drain_s})
+        cluster.remember(root, {**state, **of_recipe(plan, loaded)})
     console.finish({key: state[key] for key in ("url", "models", "pid")})
 
 

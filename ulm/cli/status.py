@@ -155,7 +155,7 @@ def _of_endpoint(endpoint: dict[str, Any]) -> Iterable[RenderableType]:
             numbers = [of.get("ok", 0.0), wrong, *counts]
             table.add_row(Text(console.printable(name)), *(f"{number:,.0f}" for number in numbers), waited)
         yield table
-    else:
+    elif not endpoint["problem"]:
         yield Text("nobody has asked yet, or metrics are still on their way", "dim")
     if endpoint["engines"]:
         table = _table("process", "running", "waiting", "cache used", "memory")

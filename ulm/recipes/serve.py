@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from typing import Annotated, Any, Self
+from urllib.parse import unquote
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -67,6 +68,15 @@ class Cors(Section):
     origins: tuple[str, ...] = Field(min_length=1)  # https://example.org; * for all
     max_age_s: int = Field(600, ge=0)  # so long a browser remembers
 
+    @field_validator("origins")
+    @classmethod
+    def _as_browsers_send_them(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in given:  # any other would never be the same as one that is sent
+            if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\sA-Z]+", origin):
+                remedy = "such as https://chat.example.org: with its scheme, without a path, in small letters"
+                raise ConfigError("cors.origins", f"{origin!r} is no origin", remedy)
+        return given
+
 
 class Tls(Section):
     """HTTPS."""
@@ -117,7 +127,7 @@ class ServeRecipe(Recipe):
     @field_validator("database", "counters")
     @classmethod
     def _no_password(cls, given: str | None, info: Any) -> str | None:
-        if given is not None and re.search(r"//[^/@]*:[^/@]*@|password=", given, re.IGNORECASE):
+        if given is not None and re.search(r"//[^/@]*:[^@]*@|password=", unquote(given), re.I):
             variable = f"ULM_{info.field_name.upper()}_URL"
             raise ConfigError(info.field_name, "holds a password, which recipes do not", f"set {variable} instead")
         return given
