@@ -327,7 +327,8 @@ def test_an_update_needs_an_endpoint_at_the_same_address_and_is_one_at_a_time(ro
     assert isinstance(missing.exception, ClusterError) and "no endpoint of this root is running" in str(
         missing.exception
     )
-    cluster.remember(root, {"url": "http://127.0.0.1:8000/v1", "pid": os.getpid(), "ray_address": "127.0.0.1:1"})
+    state = {"url": "http://127.0.0.1:8000/v1", "pid": os.getpid(), "ray_address": "127.0.0.1:1"}
+    cluster.remember(root, {**state, "host": "127.0.0.1"})
     elsewhere = CliRunner().invoke(cli, asked)
     assert isinstance(elsewhere.exception, ConfigError)
     assert str(elsewhere.exception).startswith(
@@ -336,3 +337,7 @@ def test_an_update_needs_an_endpoint_at_the_same_address_and_is_one_at_a_time(ro
     with cluster.updating(root):
         second = CliRunner().invoke(cli, [*asked, "--set", "port=8000"])
     assert isinstance(second.exception, ClusterError) and "another `ulm serve update`" in str(second.exception)
+    cluster.remember(root, {**state, "host": "0.0.0.0"})
+    without_keys = CliRunner().invoke(cli, [*asked, "--set", "port=8000"])
+    assert isinstance(without_keys.exception, ConfigError), "whose recipe is for this machine only"
+    assert str(without_keys.exception).startswith("host: the endpoint listens at 0.0.0.0, and not at 127.0.0.1")

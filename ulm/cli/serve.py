@@ -95,7 +95,7 @@ def up(
 def of_recipe(plan: Plan, recipe: ServeRecipe) -> dict[str, Any]:
     """What `update`, `down` and `ulm status` have to know of the recipe that is served."""
     certificate = str(plan.tls[0]) if plan.tls else None
-    return {"name": recipe.name, "drain_s": recipe.drain_s, "certificate": certificate}
+    return {"name": recipe.name, "host": recipe.host, "drain_s": recipe.drain_s, "certificate": certificate}
 
 
 def _wait(state: dict[str, Any], out: TextIO) -> None:
@@ -106,6 +106,7 @@ def _wait(state: dict[str, Any], out: TextIO) -> None:
         while True:
             signal.pause()
     except (KeyboardInterrupt, console.Terminated):
+        signal.signal(signal.SIGTERM, lambda *_: None)  # a second `down` waits as the first does
         console.err.print("ending once what is under way is answered; Ctrl-C again ends it now")
 
 
@@ -157,6 +158,9 @@ def update(
     if serve_app.url_of(loaded) != state["url"]:
         problem = f"the recipe's {serve_app.url_of(loaded)} is not {state['url']}, where the endpoint is"
         raise ConfigError("host, port", problem, "they stay; for others `ulm serve down`, then up")
+    if loaded.host != state.get("host"):  # all addresses have the same URL as this machine's own, and need other keys
+        problem = f"the endpoint listens at {state.get('host')}, and not at {loaded.host}"
+        raise ConfigError("host", problem, "it stays; for another `ulm serve down`, then up")
     plan = make_plan(loaded, root=root, near=recipe.parent)
     if plan.tls is not None and str(plan.tls[0]) != state.get("certificate"):
         raise ConfigError("tls", "the certificate is read when the endpoint starts", "`ulm serve down`, then up")
