@@ -16,8 +16,8 @@ import yaml
 from typer.testing import CliRunner
 
 from pipelines.swarm.rule import MEASURED, SHORTEST, Rule, Setting
-from serve.api.schema import UlmOptions
 from serve.api.answers import ledger_json
+from serve.api.schema import UlmOptions
 from serve.api.spent import CALLED, record_ledger
 from serve.contracts import Call, Ledger
 from tests.page import Page
