@@ -312,7 +312,7 @@ def test_an_update_goes_on_with_the_certificate_that_up_remembered_and_with_no_o
     served = load(ServeRecipe, files[0], [])
     plan = make_plan(served, root=root, near=None)
     state = {"url": "https://127.0.0.1:8000/v1", "pid": os.getpid(), "ray_address": "127.0.0.1:1"}
-    cluster.remember(root, {**state, **of_recipe(plan, served)})
+    cluster.remember(root, {**state, **of_recipe(plan.tls, served)})
     with cluster.updating(root):
         same, other = (CliRunner().invoke(cli, ["serve", "update", str(file)]).exception for file in files)
     assert isinstance(same, ClusterError) and "another `ulm serve update`" in str(same)

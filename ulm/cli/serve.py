@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
+from typing import Annotated, Any, TextIO, cast
 
 import typer
 
@@ -17,9 +17,6 @@ from ulm.cli import cluster, console
 from ulm.cli.options import Address, Overrides, Recipe
 from ulm.errors import ClusterError, ConfigError
 from ulm.recipes import ServeRecipe, load_recipe
-
-if TYPE_CHECKING:  # Ray is behind it
-    from serve.plan import Plan
 
 DOWN_TIMEOUT_S = 60.0
 UP_TIMEOUT_S = 600.0
@@ -83,7 +80,7 @@ def up(
                 started = serve_app.up(plan, loaded)
             state = {**started, "pid": os.getpid()}
             of_cluster = {"ray_address": joined.address, "is_own_cluster": joined.is_own}
-            cluster.remember(root, {**state, **of_cluster, **of_recipe(plan, loaded)})
+            cluster.remember(root, {**state, **of_cluster, **of_recipe(plan.tls, loaded)})
             _wait(state, out)
             serve_app.drain()
         finally:
@@ -92,9 +89,9 @@ def up(
                 serve_app.down()
 
 
-def of_recipe(plan: Plan, recipe: ServeRecipe) -> dict[str, Any]:
+def of_recipe(tls: tuple[Path, Path] | None, recipe: ServeRecipe) -> dict[str, Any]:
     """What `update`, `down` and `ulm status` have to know of the recipe that is served."""
-    certificate = str(plan.tls[0]) if plan.tls else None
+    certificate = str(tls[0]) if tls else None
     return {"name": recipe.name, "host": recipe.host, "drain_s": recipe.drain_s, "certificate": certificate}
 
 
@@ -169,7 +166,7 @@ def update(
             raise ClusterError(too_little)
         with console.err.status("starting what is new beside what answers now"):
             state = {**state, **serve_app.update(plan, loaded)}
-        cluster.remember(root, {**state, **of_recipe(plan, loaded)})
+        cluster.remember(root, {**state, **of_recipe(plan.tls, loaded)})
     console.finish({key: state[key] for key in ("url", "models", "pid")})
 
 
