@@ -84,16 +84,23 @@ def test_what_is_too_much_is_refused_at_once_in_openais_shape_and_operators_are_
 
 
 def test_beyond_serves_own_bounds_too_an_answer_is_openais_or_the_real_one(served: dict[str, Any]) -> None:
-    answers = asyncio.run(at_once(served["url"], 4 * (MAX_OPEN + 100)))
-    assert {answer.status_code for answer in answers} == {200, 503}
-    assert sum(answer.status_code == 200 for answer in answers) >= MAX_OPEN
-    for answer in answers:
-        assert answer.headers["content-type"] == "application/json" and answer.headers["x-request-id"]
-        if answer.status_code == 503:
-            assert answer.json()["error"]["code"] == "overloaded" and int(answer.headers["retry-after"]) >= 1
-    # The gateway's word, and that of Serve's proxy, which queues 108: on a busy machine they come too slowly for that.
-    known = {"8 requests are being worked on, as many as may be at once", "Too many requests wait for a gateway"}
-    assert {r.json()["error"]["message"] for r in answers if r.status_code == 503} <= known
+    bounds = {
+        "8 requests are being worked on, as many as may be at once",  # the gateway's word
+        "Too many requests wait for a gateway",  # that of Serve's proxy, which queues 108
+    }
+    told = set[str]()
+    for _ in range(4):  # on a busy machine a burst may come too slowly to fill the proxy's queue, too
+        answers = asyncio.run(at_once(served["url"], 4 * (MAX_OPEN + 100)))
+        assert {answer.status_code for answer in answers} == {200, 503}
+        assert sum(answer.status_code == 200 for answer in answers) >= MAX_OPEN
+        for answer in answers:
+            assert answer.headers["content-type"] == "application/json" and answer.headers["x-request-id"]
+            if answer.status_code == 503:
+                assert answer.json()["error"]["code"] == "overloaded" and int(answer.headers["retry-after"]) >= 1
+        told |= {answer.json()["error"]["message"] for answer in answers if answer.status_code == 503}
+        if told == bounds:
+            break
+    assert told == bounds
 
 
 @pytest.mark.parametrize("stream", [False, True])
