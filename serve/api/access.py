@@ -135,7 +135,7 @@ class Visit:
                 self._accounts.later(self._reservation, self._admitted.key_id, self.tokens)
 
 
-def visit_of(request: Request) -> Visit:
+async def visit_of(request: Request) -> Visit:
     """The visit that a request is."""
     visit: Visit = request.scope["ulm.visit"]
     return visit
