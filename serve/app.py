@@ -5,9 +5,7 @@ Each engine is a Serve application, and so are the gateways: an engine outlives 
 
 from __future__ import annotations
 
-import errno
 import logging
-import socket
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -17,7 +15,7 @@ import httpx
 from ray import serve as ray_serve
 from ray.serve.schema import LoggingConfig
 
-from serve import limits, proxy
+from serve import door, limits
 from serve.graph import ENGINE, NAME, bind, engines_of, gateway_of
 from serve.plan import Plan, catalog_of, make_plan
 from ulm import runtime
@@ -50,28 +48,11 @@ def from_recipe(args: dict[str, Any]) -> Any:
     return bind(make_plan(recipe, root=runtime.root(), near=near), recipe)
 
 
-def check_port(host: str, port: int) -> None:
-    """ClusterError when the address cannot be listened on: Serve itself would only retry in the background."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            is_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
-            remedy = f"--set port={port + 1}" if is_port else "--set host=127.0.0.1, or an address of this machine"
-            problem = f"port {port} of {host} cannot be used: {error.strerror}"
-            raise ClusterError(f"{problem}; choose another with {remedy}") from None
-
-
 def up(plan: Plan, recipe: ServeRecipe) -> dict[str, Any]:
     """Deploy and wait until every member is loaded; {"url", "models"}. Ray must be initialised."""
-    check_port(recipe.host, recipe.port)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # this process's own share of Serve's log
-    ray_serve.start(
-        http_options={"host": recipe.host, "port": recipe.port, **_tls_options(plan)},
-        logging_config=QUIET,
-        controller_options={"runtime_env": {"env_vars": {proxy.VARIABLE: proxy.MIDDLEWARES}}},
-    )
+    door.open_(recipe.host, recipe.port)
+    ray_serve.start(proxy_location="Disabled", logging_config=QUIET)
     engines = _new_engines(plan, recipe)
     _start(engines)
     _start(_gateways(plan, recipe))
@@ -158,13 +139,6 @@ def _delete(names: Collection[str]) -> None:
         time.sleep(LOOK_EVERY_S)
 
 
-def _tls_options(plan: Plan) -> dict[str, str]:
-    if plan.tls is None:
-        return {}
-    certificate, key = map(str, plan.tls)
-    return {"ssl_certfile": certificate, "ssl_keyfile": key}
-
-
 def url_of(recipe: ServeRecipe) -> str:
     """Where a recipe's endpoint is asked."""
     host = f"[{recipe.host}]" if ":" in recipe.host else recipe.host
@@ -193,6 +167,7 @@ def reason(application: str = NAME) -> str | None:
 
 def drain() -> None:
     """Refuse what is new; returns when what is under way has ended, or has had the recipe's drain_s."""
+    door.close()
     _delete({NAME} & set(ray_serve.status().applications))
 
 

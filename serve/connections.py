@@ -1,14 +1,16 @@
-"""How long a client of Serve's proxy may take for the headers of a request, and how large they may be."""
+"""How long a client may take for the headers of a request, and how large they may be."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 
 from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEADER_BYTES = 64 << 10  # beyond what came with their end
 HEADERS_S = 30.0
+REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,512}")  # as OpenAI has a client's own
 
 
 class BoundedHeaders(HttpToolsProtocol):
@@ -72,5 +74,5 @@ class BoundedHeaders(HttpToolsProtocol):
 
 
 def bound() -> None:
-    """Have servers of this process, which leave the choice to uvicorn, use it."""
+    """Have servers of this process, which leave the choice to uvicorn, use it: Serve's proxy does."""
     HTTP_PROTOCOLS["auto"] = f"{__name__}:{BoundedHeaders.__name__}"

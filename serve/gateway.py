@@ -1,4 +1,4 @@
-"""The gateway: the OpenAI application in a Ray Serve replica, its engines behind handles."""
+"""The gateway: the OpenAI application in a Ray Serve replica, with its own HTTP server, its engines behind handles."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from ray import serve as ray_serve
 from ray.serve.handle import DeploymentHandle
 
+from serve import door
 from serve.api.access import Guard
 from serve.api.openai import build_app
 from serve.api.request_log import RequestLog
@@ -16,6 +17,7 @@ from serve.limits import RemoteAccounts
 from serve.member import DRAIN_LOOP_S, HEALTH_PERIOD_S, EngineHost, RemoteEngine
 from serve.metrics import gather, recorder
 from serve.plan import Plan, catalog_of, engine_of
+from serve.server import Server
 from ulm.errors import MemberDownError
 from ulm.recipes.serve import ServeRecipe
 
@@ -33,10 +35,14 @@ class Gateway:
     """One catalog over all engines. The application is built in the replica, where the handles work.
 
     A group without a handle has its engine here: a hop less, about 5 ms of a request on two cores.
+    Where there is a door, clients are answered at its port, else through Ray Serve's proxy.
     """
 
-    def __init__(self, plan: Plan, recipe: ServeRecipe, *handles: DeploymentHandle | None) -> None:
+    def __init__(self, plan: Plan, recipe: ServeRecipe, has_door: bool, *handles: DeploymentHandle | None) -> None:
         self._plan, self._recipe, self._record = plan, recipe, recorder()
+        self._has_door = has_door
+        self._app: Any = None
+        self._server: Server | None = None
         self._host: EngineHost | None = None
         self._awaited: dict[RemoteEngine, tuple[str, ...]] = {}  # engines that have not answered yet
         by_member: dict[str, Engine] = {}  # one object per engine: strategies compare it by identity
@@ -62,6 +68,11 @@ class Gateway:
             while not set(names) <= await _loaded(engine):
                 await asyncio.sleep(ASK_AGAIN_S)
             self._awaited.pop(engine, None)
+        if self._server is not None:
+            self._server.check()
+        elif self._has_door:
+            self._server = Server(self._app, await door.port(), self._plan.tls)
+            await self._server.begun()
 
     async def serves(self) -> tuple[Plan, ServeRecipe]:
         """What it was made of."""
@@ -70,7 +81,13 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> Any:
         """Called by Serve after the constructor."""
         guard = _guard(self._plan, self._recipe)
-        return build_app(self._catalog, self._record, gather, max_open=self._recipe.max_open, guard=guard)
+        self._app = build_app(self._catalog, self._record, gather, max_open=self._recipe.max_open, guard=guard)
+        return self._app
+
+    async def __del__(self) -> None:
+        """Called by Serve when the replica ends, and waited for."""
+        if self._server is not None:
+            await self._server.drain(is_last=not await door.is_open(), drain_s=self._recipe.drain_s)
 
 
 def _guard(plan: Plan, recipe: ServeRecipe) -> Guard:

@@ -12,10 +12,12 @@ from typing import Any
 import ray
 from ray.serve.config import BackpressureConfig
 
+from serve import door
 from serve.gateway import Gateway
 from serve.limits import with_accounts
 from serve.member import EngineReplica
 from serve.plan import Plan, brings_its_deployment, engine_of
+from serve.server import LINGER_S
 from ulm import registry
 from ulm.checkpoints.manifest import read_manifest
 from ulm.recipes.serve import ServeRecipe
@@ -24,6 +26,7 @@ NAME = "ulm"
 ENGINE = f"{NAME}-engine-"
 SPARE = 100  # requests that a gateway takes beyond max_open, so that it refuses them itself
 RETRY_AFTER_S = 1.0
+END_S = 2.0  # more, for a gateway to close what is idle
 
 
 def bind(plan: Plan, recipe: ServeRecipe) -> Any:
@@ -33,17 +36,18 @@ def bind(plan: Plan, recipe: ServeRecipe) -> Any:
 
 def gateway_of(plan: Plan, recipe: ServeRecipe, engines: Sequence[Any]) -> Any:
     """The gateways over these engines, which are applications or handles; None for the one inside."""
+    at_the_door = door.node()
+    needs = _resources(recipe) if None in engines else {"num_cpus": 0}
     gateway: Any = Gateway  # Serve's decorator is not typed
-    if None in engines:
-        gateway = gateway.options(ray_actor_options=_resources(recipe))
     gateway = gateway.options(
+        ray_actor_options={**needs, "resources": at_the_door},
         num_replicas=recipe.gateways,
         max_ongoing_requests=recipe.max_open + SPARE,
         max_queued_requests=recipe.max_open + SPARE,  # less would refuse some of a burst that a gateway can take
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_S),
-        graceful_shutdown_timeout_s=recipe.drain_s,
+        graceful_shutdown_timeout_s=recipe.drain_s + LINGER_S + END_S,
     )
-    return gateway.bind(with_accounts(plan, recipe), recipe, *engines)
+    return gateway.bind(with_accounts(plan, recipe), recipe, bool(at_the_door), *engines)
 
 
 @dataclass(frozen=True)

@@ -112,8 +112,11 @@ class RemoteAccounts:
         self._open.add(reservation)
         try:
             headers: dict[str, str] = await self._ask("reserve", key_id, reservation, tokens)
-        except BaseException:
-            self._open.discard(reservation)  # should it be there all the same, it lapses
+        except BaseException as error:
+            if isinstance(error, RequestError) and not isinstance(error, UnavailableError):
+                self._open.discard(reservation)
+            else:  # the actor may have made it all the same, and its answer was lost
+                self.later(reservation, key_id, 0)
             raise
         return reservation, headers
 

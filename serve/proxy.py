@@ -1,13 +1,13 @@
 """What Ray Serve's proxy says by itself, as OpenAI's errors: nobody listens yet, or any more; queues are full.
 
-It would say so in plain text, and where a gateway dies it would say nothing. The proxies are told of this by Serve's
-variable for middlewares, which app.py sets.
+It would say so in plain text, and where a gateway dies it would say nothing. There is a proxy where the endpoint is
+deployed by a config file of Serve, as on Kubernetes (deploy/kuberay), which tells it of this by Serve's variable for
+middlewares; `ulm serve up` does without, see server.py.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import uuid
 
 from starlette.middleware import Middleware
@@ -24,7 +24,6 @@ RETRY_AFTER_S = 1.0
 ORDERS = frozenset(
     (b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve-multiplexed-model-id", b"x-session-id")
 )
-REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,512}")  # as OpenAI has a client's own
 LOST = "the gateway that worked on this request has ended"
 
 
@@ -56,7 +55,7 @@ class Plain:
 
 def _may_pass(name: bytes, value: bytes) -> bool:
     name = name.replace(b"_", b"-")
-    return name not in ORDERS and (name != b"x-request-id" or REQUEST_ID.fullmatch(value) is not None)
+    return name not in ORDERS and (name != b"x-request-id" or connections.REQUEST_ID.fullmatch(value) is not None)
 
 
 class _Answer:

@@ -18,6 +18,7 @@ SOURCES = sorted(path.relative_to(ROOT).as_posix() for package in PACKAGES for p
 RAY_EDGES = (
     "pipelines/*job.py",  # fnmatch's * crosses folders
     "serve/app.py",
+    "serve/door.py",
     "serve/gateway.py",
     "serve/graph.py",
     "serve/member.py",

@@ -163,14 +163,14 @@ def test_the_status_of_the_endpoint_is_read_from_it(
 
 
 def test_a_port_in_use_is_an_error_with_a_remedy() -> None:
-    from serve import app
+    from serve import door
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ClusterError, match=f"port {port} of 127.0.0.1 cannot be used.*--set port={port + 1}"):
-            app.check_port("127.0.0.1", port)
+            door.check_port("127.0.0.1", port)
 
 
 @pytest.mark.slow

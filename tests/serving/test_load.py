@@ -23,8 +23,8 @@ from ulm.recipes.base import validate
 
 MAX_OPEN = 8
 DELAY_MS = 20  # of a token
-ASKED: dict[str, Any] = {"model": "a", "prompt": "abc", "max_tokens": 40}
-SAID = ("abc" * 14)[:40]
+TOKENS = 40
+ASKED: dict[str, Any] = {"model": "a", "prompt": "abc", "max_tokens": TOKENS}
 EXPORTED_S = 30.0
 
 
@@ -47,13 +47,14 @@ def served(members: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield it
 
 
-def bodies(whole: int, streams: int) -> list[dict[str, Any]]:
-    return [{**ASKED, "model": "ab"[n % 2], "stream": n >= whole} for n in range(whole + streams)]
+def bodies(whole: int, streams: int, tokens: int = TOKENS) -> list[dict[str, Any]]:
+    asked = {**ASKED, "max_tokens": tokens}
+    return [{**asked, "model": "ab"[n % 2], "stream": n >= whole} for n in range(whole + streams)]
 
 
-def all_was_answered(seen: Clients) -> None:
+def all_was_answered(seen: Clients, tokens: int = TOKENS) -> None:
     assert seen.problems() == []
-    assert {outcome.text for outcome in seen.outcomes} == {SAID}
+    assert {outcome.text for outcome in seen.outcomes} == {("abc" * tokens)[:tokens]}
     assert {outcome.is_stream for outcome in seen.outcomes} == {True, False}
 
 
@@ -83,24 +84,14 @@ def test_what_is_too_much_is_refused_at_once_in_openais_shape_and_operators_are_
     all_was_answered(seen)
 
 
-def test_beyond_serves_own_bounds_too_an_answer_is_openais_or_the_real_one(served: dict[str, Any]) -> None:
-    bounds = {
-        "8 requests are being worked on, as many as may be at once",  # the gateway's word
-        "Too many requests wait for a gateway",  # that of Serve's proxy, which queues 108
-    }
-    told = set[str]()
-    for _ in range(4):  # on a busy machine a burst may come too slowly to fill the proxy's queue, too
-        answers = asyncio.run(at_once(served["url"], 4 * (MAX_OPEN + 100)))
-        assert {answer.status_code for answer in answers} == {200, 503}
-        assert sum(answer.status_code == 200 for answer in answers) >= MAX_OPEN
-        for answer in answers:
-            assert answer.headers["content-type"] == "application/json" and answer.headers["x-request-id"]
-            if answer.status_code == 503:
-                assert answer.json()["error"]["code"] == "overloaded" and int(answer.headers["retry-after"]) >= 1
-        told |= {answer.json()["error"]["message"] for answer in answers if answer.status_code == 503}
-        if told == bounds:
-            break
-    assert told == bounds
+def test_in_a_burst_too_an_answer_is_openais_or_the_real_one(served: dict[str, Any]) -> None:
+    answers = asyncio.run(at_once(served["url"], 50 * MAX_OPEN))
+    assert {answer.status_code for answer in answers} == {200, 503}
+    assert sum(answer.status_code == 200 for answer in answers) >= MAX_OPEN
+    for answer in answers:
+        assert answer.headers["content-type"] == "application/json" and answer.headers["x-request-id"]
+        if answer.status_code == 503:
+            assert answer.json()["error"]["code"] == "overloaded" and int(answer.headers["retry-after"]) >= 1
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -169,7 +160,8 @@ def test_another_recipe_goes_live_under_load_without_one_failed_request(
 def test_at_the_end_what_is_under_way_is_finished_and_what_is_new_is_refused(served: dict[str, Any]) -> None:
     from serve import app
 
-    with ThreadPoolExecutor(1) as pool, clients(served["url"], bodies(2, 2), again=False) as seen:
+    long = 90
+    with ThreadPoolExecutor(1) as pool, clients(served["url"], bodies(2, 2, long), again=False) as seen:
         while sum(stats["running"] for stats in engine_stats(served["url"])) < 4:
             assert not seen.outcomes
         drained = pool.submit(app.drain)
@@ -181,7 +173,7 @@ def test_at_the_end_what_is_under_way_is_finished_and_what_is_new_is_refused(ser
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
     assert int(refused.headers["retry-after"]) >= 1
     assert len(seen.outcomes) == 4
-    all_was_answered(seen)
+    all_was_answered(seen, long)
 
 
 # ---- the command line, and long loads

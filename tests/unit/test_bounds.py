@@ -13,7 +13,6 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-import yaml
 from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -29,14 +28,12 @@ from serve.engines.local.engine import LocalEngine
 from serve.member import EngineHost
 from serve.plan import make_plan
 from serve.proxy import middlewares
-from tests.serving.test_keyed_endpoint import certificate
 from tests.small_members import small_member
 from ulm.cli import cluster
 from ulm.cli.main import app as cli
-from ulm.cli.serve import of_recipe
 from ulm.errors import ClusterError, ConfigError, UlmError
 from ulm.recipes import ServeRecipe
-from ulm.recipes.base import load, validate
+from ulm.recipes.base import validate
 
 URL = "http://endpoint"
 
@@ -297,26 +294,6 @@ def test_replicas_are_of_what_has_a_process_of_its_own(
     with pytest.raises(ConfigError) as error:
         make_plan(recipe, root=tmp_path, near=None)
     assert str(error.value).startswith(problem)
-
-
-def test_an_update_goes_on_with_the_certificate_that_up_remembered_and_with_no_other(
-    root: Path, tmp_path: Path
-) -> None:
-    members = {"a": {"checkpoint": str(small_member(tmp_path))}}
-    files = []
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-        fields = {"members": members, "tls": certificate(tmp_path / name)}
-        files.append(tmp_path / f"{name}.yaml")
-        files[-1].write_text(yaml.safe_dump(fields))
-    served = load(ServeRecipe, files[0], [])
-    plan = make_plan(served, root=root, near=None)
-    state = {"url": "https://127.0.0.1:8000/v1", "pid": os.getpid(), "ray_address": "127.0.0.1:1"}
-    cluster.remember(root, {**state, **of_recipe(plan.tls, served)})
-    with cluster.updating(root):
-        same, other = (CliRunner().invoke(cli, ["serve", "update", str(file)]).exception for file in files)
-    assert isinstance(same, ClusterError) and "another `ulm serve update`" in str(same)
-    assert isinstance(other, ConfigError) and str(other).startswith("tls: the certificate is read when")
 
 
 def test_an_update_needs_an_endpoint_at_the_same_address_and_is_one_at_a_time(root: Path, tmp_path: Path) -> None:

@@ -82,5 +82,5 @@ def test_its_settings_under_load_are_the_recipes_and_its_metrics_are_declared() 
         assert str(ServeRecipe.model_fields[name.strip("`")].default) == default
     assert {name.strip("`") for name, _ in metrics} <= set(METRICS)
     text = " ".join(DOCS.section("Under load").split())
-    assert f"when {SPARE} more than that wait in Serve's proxy" in text
+    assert f"there {SPARE} requests more than `max_open` may wait for a gateway" in text
     assert f"asks every engine and gateway every {HEALTH_PERIOD_S:g} seconds" in text

@@ -47,11 +47,12 @@ def demo(
     from pipelines.corpus import job as corpus_job
     from pipelines.swarm import job as swarm_job
     from serve import app as serve_app
+    from serve import door
     from serve.plan import make_plan
 
     files = demo_text.write(root / "demo-text")
     port = port or _free_port()
-    serve_app.check_port("127.0.0.1", port)
+    door.check_port("127.0.0.1", port)
     out = sys.stdout
     with session(root, address) as joined:
         with console.bars() as bars:

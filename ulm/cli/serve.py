@@ -64,11 +64,11 @@ def up(
         console.finish(state)
         return
     from serve import app as serve_app
-    from serve import graph
+    from serve import door, graph
     from serve.plan import make_plan
 
     plan = make_plan(loaded, root=root, near=recipe.parent)  # what is wrong with it is said before Ray starts
-    serve_app.check_port(loaded.host, loaded.port)
+    door.check_port(loaded.host, loaded.port)
     out = sys.stdout
     with cluster.session(root, address, dashboard=True) as joined:
         if (too_little := graph.lacking(plan, loaded)) is not None:
@@ -159,8 +159,6 @@ def update(
         problem = f"the endpoint listens at {state.get('host')}, and not at {loaded.host}"
         raise ConfigError("host", problem, "it stays; for another `ulm serve down`, then up")
     plan = make_plan(loaded, root=root, near=recipe.parent)
-    if plan.tls is not None and str(plan.tls[0]) != state.get("certificate"):
-        raise ConfigError("tls", "the certificate is read when the endpoint starts", "`ulm serve down`, then up")
     with cluster.updating(root), cluster.session(root, state["ray_address"]):
         if (too_little := graph.lacking(plan, loaded, serve_app.running())) is not None:
             raise ClusterError(too_little)
