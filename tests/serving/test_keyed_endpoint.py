@@ -154,18 +154,21 @@ def test_when_the_actor_is_killed_nobody_gets_in_unchecked_and_no_use_is_lost(ke
 
     async def load() -> list[httpx.Response]:
         answers: list[httpx.Response] = []
+        until_s, num_after = time.monotonic() + SETTLED_S + 6, 0  # after the actor was there again
         async with keyed.client() as client:
 
-            async def one(until_s: float) -> None:
-                while time.monotonic() < until_s:
+            async def one() -> None:
+                nonlocal num_after
+                while time.monotonic() < until_s and num_after < 40:
                     body = {**ASKED, "stream": len(answers) % 2 == 0, "stream_options": None}
                     if body["stream"]:
                         body["stream_options"] = {"include_usage": True}
                     answers.append(await client.post("completions", json=body, headers=headers))
+                    if num_restarts() > restarts and answers[-1].status_code == 200:
+                        num_after += 1
                     answers.append(await client.post("completions", json=ASKED, headers=revoked))
 
-            until_s = time.monotonic() + 6
-            working = [asyncio.create_task(one(until_s)) for _ in range(4)]
+            working = [asyncio.create_task(one()) for _ in range(4)]
             await asyncio.sleep(1.5)
             for found in ray.util.list_named_actors(all_namespaces=True):
                 if found["name"].startswith("accounts-"):
