@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 ULM = [sys.executable, "-m", "ulm.cli.main"]
 TIMEOUT_S = 240.0  # Ray's processes may take a minute to notice that their driver is gone
@@ -26,6 +28,23 @@ def start(home: Path, *arguments: str) -> subprocess.Popen[str]:
         start_new_session=True,
         preexec_fn=_heed_ctrl_c,
     )
+
+
+def said_last(command: Sequence[str], given: Any, env: Mapping[str, str], timeout_s: float) -> Any:
+    """What a command says in its last line, as JSON; it is given JSON on its standard input."""
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        command,
+        input=json.dumps(given),
+        cwd=root,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def _heed_ctrl_c() -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
+
+from tests.processes import said_last
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -22,15 +21,4 @@ TIMEOUT_S = 240
 
 def answers(script: str, given: Any) -> Any:
     """What a script that uses vLLM says in its last line, as JSON; it is given JSON on its standard input."""
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        input=json.dumps(given),
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, **ENVIRONMENT},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return said_last([sys.executable, "-c", script], given, {**os.environ, **ENVIRONMENT}, TIMEOUT_S)

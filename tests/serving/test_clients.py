@@ -17,6 +17,7 @@ import torch
 
 import ulm
 from tests.conformance import CHECKS, Endpoint, checked
+from tests.processes import said_last
 from tests.served import endpoint
 from ulm import runtime
 from ulm.exchange.hf import export_hf
@@ -40,17 +41,8 @@ def url(swarm: Swarm) -> Iterator[str]:
 def said_by(command: Sequence[str | Path], given: Any = None) -> Any:
     """What a client says in its last line."""
     unset = {"HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy"}
-    done = subprocess.run(
-        [str(word) for word in command],
-        input=json.dumps(given),
-        env={k: v for k, v in os.environ.items() if k not in unset} | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    env = {k: v for k, v in os.environ.items() if k not in unset} | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    return said_last([str(word) for word in command], given, env, TIMEOUT_S)
 
 
 def answered(url: str, path: str, **body: Any) -> Any:
