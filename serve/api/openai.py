@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
@@ -26,6 +26,24 @@ from serve.api.spent import Record
 from serve.api.tokens import DetokenizeBody, TokenizeBody, detokenized, tokenized
 from serve.catalog import Catalog
 from ulm.recipes.serve import MAX_OPEN
+
+T = TypeVar("T")
+SHARED_S = 1.0
+
+
+def shared(look: Callable[[], Awaitable[T]]) -> Callable[[], Awaitable[T]]:
+    """A look that all who ask within a second share: many who ask cost no more than one."""
+    latest: asyncio.Future[T] | None = None
+    ends_s = 0.0
+
+    async def seen() -> T:
+        nonlocal latest, ends_s
+        now_s = asyncio.get_running_loop().time()
+        if latest is None or (latest.done() and now_s >= ends_s):
+            latest, ends_s = asyncio.ensure_future(look()), now_s + SHARED_S
+        return await asyncio.shield(latest)  # whoever leaves does not end it for others
+
+    return seen
 
 
 def build_app(
@@ -93,18 +111,23 @@ def build_app(
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/readyz", response_model=None)
-    async def readyz() -> JSONResponse:
+    async def look() -> list[str]:
         engines = {id(m.engine): m.engine for m in catalog.members.values()}
         found = await asyncio.gather(*(engine.members() for engine in engines.values()), return_exceptions=True)
         loaded = {name for members in found if not isinstance(members, BaseException) for name in members}
-        lacking = sorted(set(catalog.members) - loaded)
+        return sorted(set(catalog.members) - loaded)
+
+    missing, page = shared(look), shared(metrics)  # anybody may ask, as often as they like
+
+    @app.get("/readyz", response_model=None)
+    async def readyz() -> JSONResponse:
+        lacking = await missing()
         status = {"status": "ready"} if not lacking else {"status": "not ready", "missing": lacking}
         return JSONResponse(status, 503 if lacking else 200)
 
     @app.get("/metrics", response_model=None)
     async def metrics_page() -> PlainTextResponse:
-        return PlainTextResponse(await metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return PlainTextResponse(await page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     describe(app)
 

@@ -21,7 +21,7 @@ from starlette.routing import Route
 from typer.testing import CliRunner
 
 from serve import connections
-from serve.api import refusals
+from serve.api import openai, refusals
 from serve.api.refusals import BoundedOpen
 from serve.engines.echo import EchoEngine
 from serve.engines.local.engine import LocalEngine
@@ -31,7 +31,7 @@ from serve.proxy import middlewares
 from tests.small_members import small_member
 from ulm.cli import cluster
 from ulm.cli.main import app as cli
-from ulm.errors import ClusterError, ConfigError, UlmError
+from ulm.errors import ClusterError, ConfigError, UlmError, UnavailableError
 from ulm.recipes import ServeRecipe
 from ulm.recipes.base import validate
 
@@ -100,6 +100,35 @@ def test_a_body_that_does_not_come_is_refused_and_gives_its_place_back(monkeypat
                 assert answer.status_code == status, answer.text
                 if status == 408:
                     assert answer.json()["error"]["type"] == "invalid_request_error"
+
+    asyncio.run(body())
+
+
+def test_many_who_ask_whether_it_is_ready_cost_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai, "SHARED_S", 0.1)
+    looks = 0
+
+    async def look() -> int:
+        nonlocal looks
+        looks += 1
+        await asyncio.sleep(0.02)
+        if looks == 2:
+            raise UnavailableError("nobody is there")
+        return looks
+
+    async def body() -> None:
+        seen = openai.shared(look)
+        leaves = asyncio.ensure_future(seen())
+        others = [asyncio.ensure_future(seen()) for _ in range(50)]
+        await asyncio.sleep(0.01)
+        leaves.cancel()
+        assert await asyncio.gather(*others, seen()) == [1] * 51
+        assert (await seen(), looks) == (1, 1)
+        await asyncio.sleep(openai.SHARED_S)
+        failed = await asyncio.gather(*(seen() for _ in range(5)), return_exceptions=True)
+        assert [type(error) for error in failed] == [UnavailableError] * 5 and looks == 2
+        await asyncio.sleep(openai.SHARED_S)
+        assert await seen() == 3
 
     asyncio.run(body())
 
