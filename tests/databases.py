@@ -37,6 +37,21 @@ def postgresql() -> Iterator[str]:
             server.cleanup()
 
 
+@contextmanager
+def out_of_service(server: str) -> Iterator[None]:
+    """The PostgreSQL of a URL ends at once, as at a crash, and starts again at the block's end."""
+    from pgserver import get_server, pg_ctl
+
+    with psycopg.connect(server) as connection:
+        (folder,) = connection.execute("SHOW data_directory").fetchone() or ()
+    known = get_server(folder)
+    pg_ctl(["-w", "-m", "immediate", "stop"], pgdata=known.pgdata, user=known.system_user)
+    try:
+        yield
+    finally:
+        known.ensure_postgres_running()
+
+
 def new_database(server: str) -> str:
     """An empty database on a server."""
     name = f"t{uuid.uuid4().hex}"

@@ -49,7 +49,7 @@ async def embeddings(catalog: Catalog, body: EmbeddingBody, visit: Visit) -> dic
     try:
         vectors = [_unit(await member.engine.embed(member.id, tokens)) for tokens in texts]
     except MemberDownError as error:
-        raise UnavailableError(f"{member.id} can not answer now ({error})") from None
+        raise UnavailableError(f"{member.id} can not answer now ({error})", code="unavailable") from None
     width = len(vectors[0])
     if body.dimensions not in (None, width):
         raise RequestError(f"dimensions: {member.id} gives {width}, and no fewer", param="dimensions")

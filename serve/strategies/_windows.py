@@ -204,7 +204,7 @@ class Drive:
             health = self.context.health
             wait_s = health.wait_s(m for m in self.members if m in so_far.failed or not health.is_up(m))
             why = "; ".join(self.account.ledger.degraded) or "all have failed lately"
-            raise UnavailableError(f"No member can answer now ({why})", retry_after_s=wait_s)
+            raise UnavailableError(f"No member can answer now ({why})", code="unavailable", retry_after_s=wait_s)
         self.account.note("cut short: no member is left to go on")
         so_far.finish_reason = "length"
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
-import ipaddress
 import json
 import ssl
 import time
@@ -15,13 +13,11 @@ from typing import Any
 
 import httpx
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from sqlalchemy import func, select
 
 from serve import accounts
 from serve.store import Reservation, Store
+from tests.certificates import certificate
 from tests.served import endpoint
 from tests.small_members import small_member
 from ulm.cli import status
@@ -29,20 +25,6 @@ from ulm.cli import status
 ASKED: dict[str, Any] = {"model": "a", "prompt": "abc", "max_tokens": 8}
 EACH = 1 + 3 + 8  # tokens of such an answer
 SETTLED_S = 15.0
-
-
-def certificate(folder: Path) -> dict[str, str]:
-    """A certificate for 127.0.0.1, signed by itself, as a recipe has it."""
-    key, day = ec.generate_private_key(ec.SECP256R1()), datetime.timedelta(days=1)
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "ulm test")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now - day, now + day)
-    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
-    signed = made.add_extension(address, critical=False).sign(key, hashes.SHA256())
-    (folder / "cert.pem").write_bytes(signed.public_bytes(pem))
-    (folder / "key.pem").write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
-    return {"certificate": str(folder / "cert.pem"), "key": str(folder / "key.pem")}
 
 
 class Keyed:
