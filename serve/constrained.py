@@ -25,7 +25,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ulm.errors import OverloadedError, RequestError, UlmError, UnknownCharacterError, UnsupportedError
+from ulm.errors import MemberDownError, OverloadedError, RequestError, UlmError, UnknownCharacterError, UnsupportedError
 from ulm.tokenizers.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # a type in the stubs alone
@@ -247,7 +247,7 @@ class Grammars:
                 await self._try(schema)
             begun = self._thread.submit(self._begin, tokenizer, schema, generated)
         except RuntimeError:  # it has ended
-            raise UlmError("the engine was closed") from None
+            raise MemberDownError("the engine was closed") from None
         return await asyncio.wrap_future(begun)
 
     async def _try(self, schema: str) -> None:

@@ -20,7 +20,7 @@ from serve.contracts import GenerateRequest, MemberInfo, TokenChunk, TokenLogpro
 from ulm import runtime
 from ulm.checkpoints import store
 from ulm.checkpoints.manifest import read_manifest
-from ulm.errors import ModelNotFoundError, RequestError, UlmError, UnsupportedError
+from ulm.errors import MemberDownError, ModelNotFoundError, RequestError, UnsupportedError
 from ulm.models.account import num_parameters, on_meta
 from ulm.models.generate import room
 from ulm.models.text_stream import TextStream
@@ -80,7 +80,7 @@ class EchoEngine:
 
     def _check_open(self) -> None:
         if self._is_closed:
-            raise UlmError("the engine was closed")
+            raise MemberDownError("the engine was closed")
 
     def _member(self, name: str) -> _Member:
         self._check_open()

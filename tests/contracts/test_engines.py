@@ -15,7 +15,7 @@ import pytest
 from serve.contracts import Engine, GenerateRequest, TokenChunk
 from tests.small_members import CONTEXT_TOKENS, small_member, the_tokenizer
 from ulm import registry
-from ulm.errors import ContextLengthError, ModelNotFoundError, RequestError, UlmError, UnsupportedError
+from ulm.errors import ContextLengthError, MemberDownError, ModelNotFoundError, RequestError, UlmError, UnsupportedError
 from ulm.models.sampling import Sampling
 from ulm.tokenizers.char import char_tokenizer
 
@@ -182,7 +182,7 @@ def test_who_leaves_is_forgotten_and_a_deadline_and_the_end_end_answers(
             await asyncio.sleep(0.01)
         late = await whole(engine, replace(ASKED, deadline_s=0.0))
         await engine.close()
-        with pytest.raises(UlmError, match="the engine was closed"):
+        with pytest.raises(MemberDownError, match="the engine was closed"):
             await whole(engine, ASKED)
         return stats, late
 

@@ -29,6 +29,7 @@ def test_an_engine_whose_thread_ends_is_replaced_and_meanwhile_the_answer_is_503
     engine = {"kind": "local", "device": "cpu", "threads": 1, "compile_after_steps": None}
     with endpoint(members=members, engine=engine, members_per_engine=1, cpus=0.5) as served:
         ask = {"url": f"{served['url']}/completions", "json": ASKED, "trust_env": False, "timeout": 60}
+        embed = {**ask, "url": f"{served['url']}/embeddings", "json": {"model": "a", "input": "abc"}}
         text = httpx.post(**ask).raise_for_status().json()["choices"][0]["text"]
         (failing,) = replica_processes()
         with clients(served["url"], [{**ASKED, "stream": bool(n % 2)} for n in range(4)]) as seen:
@@ -36,11 +37,12 @@ def test_an_engine_whose_thread_ends_is_replaced_and_meanwhile_the_answer_is_503
             ray.get(ray.get_actor(**failing).__ray_call__.remote(end_its_thread))
             ended_s, refused = time.monotonic(), list[httpx.Response]()
             while (answer := httpx.post(**ask)).status_code != 200:
-                refused.append(answer)
+                refused += [answer, httpx.post(**embed)]
                 assert time.monotonic() - ended_s < REPLACED_S, answer.text
                 time.sleep(0.2)
             wait_until_begun(seen, len(seen.outcomes) + 8)
         assert failing not in replica_processes()
+    refused = [answer for answer in refused if answer.status_code != 200]  # of embeddings that came just after
     assert {(answer.status_code, answer.json()["error"]["code"]) for answer in refused} == {(503, "unavailable")}
     assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
     assert answer.json()["choices"][0]["text"] == text

@@ -22,7 +22,7 @@ from serve.engines.local.answer import Answer, Want
 from serve.engines.local.members import Members, Source
 from serve.engines.local.scheduler import Scheduler
 from ulm import runtime
-from ulm.errors import RequestError, UlmError, UnsupportedError
+from ulm.errors import MemberDownError, RequestError, UnsupportedError
 from ulm.registry import KindConfig, register
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class LocalEngine:
         finally:  # also where the engine itself has failed: nobody may wait for it
             self._is_closed = True
             self._refuse_commands()
-            self._scheduler.fail_all(UlmError(CLOSED))
+            self._scheduler.fail_all(MemberDownError(CLOSED))
             self._deliver()
 
     def _step(self) -> bool:
@@ -130,7 +130,7 @@ class LocalEngine:
             except queue.Empty:
                 return
             if command is not None and command[1].set_running_or_notify_cancel():
-                command[1].set_exception(UlmError(CLOSED))
+                command[1].set_exception(MemberDownError(CLOSED))
 
     def _submit(self, function: Callable[[], T]) -> Future[T]:
         """Have a function run in the engine's thread, between steps."""
@@ -149,16 +149,16 @@ class LocalEngine:
         try:
             return self._changes.submit(function)
         except RuntimeError:  # it has ended
-            raise UlmError(CLOSED) from None
+            raise MemberDownError(CLOSED) from None
 
     def _check_open(self) -> None:
         if self._is_closed:
-            raise UlmError(CLOSED)
+            raise MemberDownError(CLOSED)
 
     # ---- members
 
     async def members(self) -> dict[str, MemberInfo]:
-        """What can be asked: loaded, or put away and loaded again when it is asked. UlmError once it has ended."""
+        """What can be asked: loaded, or put away and loaded again when asked. MemberDownError once it has ended."""
         self._check_open()
         return {member: source.info for member, source in list(self._members.sources.items())}
 
@@ -254,7 +254,7 @@ class LocalEngine:
             answer.cancelled = True
 
     async def stats(self) -> dict[str, float]:
-        """Running and waiting answers, generated tokens, memory. UlmError once it has ended."""
+        """Running and waiting answers, generated tokens, memory. MemberDownError once it has ended."""
         self._check_open()
         scheduler, found = self._scheduler, {"weight_bytes": 0.0, "kv_cache_bytes": 0.0, "kv_cache_used_bytes": 0.0}
         for runner in self._members.runners:

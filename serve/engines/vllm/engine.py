@@ -22,7 +22,15 @@ from serve.engines.vllm.settings import Config, settle
 from ulm import runtime
 from ulm.checkpoints import store
 from ulm.checkpoints.manifest import read_manifest
-from ulm.errors import ConfigError, ModelNotFoundError, OverloadedError, RequestError, UlmError, UnsupportedError
+from ulm.errors import (
+    ConfigError,
+    MemberDownError,
+    ModelNotFoundError,
+    OverloadedError,
+    RequestError,
+    UlmError,
+    UnsupportedError,
+)
 from ulm.models.account import num_parameters, on_meta
 from ulm.models.generate import room
 from ulm.registry import register
@@ -142,7 +150,7 @@ class VllmEngine:
 
     def _check_member(self, member: str) -> None:
         if self._is_closed:
-            raise UlmError("the engine was closed")
+            raise MemberDownError("the engine was closed")
         if member not in self._sources:
             raise ModelNotFoundError(f"The engine has no member {member!r}", code="model_not_found")
 
