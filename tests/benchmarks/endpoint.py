@@ -1,12 +1,13 @@
 """Group `endpoint`: what the endpoint adds to its members, and what it does not lose: echo members through real HTTP.
 
-The load generator has the same cores. Run by `ulm bench endpoint` in a checkout; 12 minutes on two cores.
+The load generator has the same cores. Run by `ulm bench endpoint` in a checkout; 18 minutes on two cores, --full 32.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import statistics
 import sys
 import tempfile
@@ -16,13 +17,15 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
-
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from serve import accounts
 from serve.contracts import GenerateRequest
 from serve.engines.echo import Config, EchoEngine
+from serve.store import Store
+from tests.benchmarks._bare_application import bare_application
 from tests.benchmarks._figures import report
-from tests.load import Clients, Outcome, ask, clients, session, wait_until_begun
+from tests.benchmarks._hostile_figures import attack, report_attack
+from tests.load import Clients, ask, clients, session, wait_until_begun
 from tests.served import endpoint, num_running_replicas, replica_processes
 from tests.small_members import small_member
 from ulm import runtime
@@ -36,22 +39,26 @@ CONCURRENCY, ROUNDS = 32, 3
 NUM_STREAMS, STREAM_DELAY_MS, STREAM_TOKENS = 200, 400, 40
 DELAY_MS, LOAD = 20, 12
 LOOK_EVERY_S = 2.0
+SHORT, FULL = (180.0, 120.0, 2_000), (600.0, 300.0, 10_000)  # seconds of streams and of kills, hostile requests
 
 
 def main() -> None:
     """All figures of the group."""
     options = argparse.ArgumentParser()
     options.add_argument("--device", default=None, help="this group has no figures of a GPU")
-    options.add_argument("--full", action="store_true", help="the same")
+    options.add_argument("--full", action="store_true", help="streams and kills for longer, more hostile requests")
     options.add_argument("--seconds", type=float, default=None, help="of each figure, to try it")
-    seconds = options.parse_args().seconds
+    given = options.parse_args()
+    seconds, (streams_s, kills_s, num_hostile) = given.seconds, FULL if given.full else SHORT
     with tempfile.TemporaryDirectory() as folder:
         members = {name: {"checkpoint": str(small_member(Path(folder), seed))} for seed, name in enumerate("ab")}
-        apart = {"members": members, "members_per_engine": 2, "cpus": 0.1}
-        throughput_and_overhead(apart, seconds or 20.0)
-        streams(apart, seconds or 180.0)
-        replicas_killed(apart, seconds or 120.0)
+        inside, apart = {"members": members}, {"members": members, "members_per_engine": 2, "cpus": 0.1}
+        throughput_and_overhead("endpoint", inside, seconds or 20.0)
+        throughput_and_overhead("endpoint_apart", apart, seconds or 20.0)
+        streams(apart, seconds or streams_s)
+        replicas_killed(apart, seconds or kills_s)
         recipes_changed(apart, seconds or 60.0)
+        attacked(inside, f"sqlite:///{folder}/state.db", int(25 * seconds) if seconds else num_hostile)
 
 
 @contextmanager
@@ -64,55 +71,33 @@ def quiet_endpoint(**fields: Any) -> Iterator[dict[str, Any]]:
 # ---- what it adds
 
 
-def throughput_and_overhead(fields: dict[str, Any], seconds: float) -> None:
-    """Requests a second against a bare application, by turns; then latency at half of that."""
-    with quiet_endpoint(**fields, engine={"kind": "echo"}) as served:
-        bare = bare_application(served["url"])
+def throughput_and_overhead(prefix: str, fields: dict[str, Any], seconds: float) -> None:
+    """Requests a second against a bare application, by turns; then latency of both at half of ours."""
+    with quiet_endpoint(**fields, engine={"kind": "echo"}) as served, bare_application() as bare:
         rates: dict[str, list[float]] = {served["url"]: [], bare: []}
         for counted in range(-1, ROUNDS):  # the first warms up
             for url, found in rates.items():
                 rate = saturation(url, seconds / 2)
                 if counted >= 0:
                     found.append(rate)
-        ours, theirs = rates.values()
-        rate, alone_ms = statistics.median(ours) / 2, echo_alone_ms()
-        runs = [asyncio.run(at_a_rate(served["url"], rate, seconds)) for _ in range(ROUNDS)]
-    report("endpoint_saturation", ours, "requests/s", goal=">= 0.5", peer=PEER, peer_values=theirs)
+        rate, alone_ms = statistics.median(rates[served["url"]]) / 2, echo_alone_ms()
+        runs: dict[str, list[list[float]]] = {url: [] for url in rates}
+        for _ in range(ROUNDS):
+            for url, latencies_ms in runs.items():
+                latencies_ms.append(asyncio.run(at_a_rate(url, rate, seconds)))
+    report(
+        f"{prefix}_saturation", rates[served["url"]], "requests/s", goal=">= 0.5", peer=PEER, peer_values=rates[bare]
+    )
+    note = f"at {rate:.0f} requests/s, half of our most"
     for name, share, goal in (("median", 0.5, "<= 8"), ("p99", 0.99, "<= 40")):
-        values = [quantile([1e3 * o.seconds for o in run], share) - alone_ms for run in runs]
-        report(f"endpoint_overhead_{name}", values, "ms", goal=goal, note=f"at {rate:.0f} requests/s, half of the most")
-
-
-def bare_application(url: str) -> str:
-    """The URL of two deployments in the endpoint's cluster that do nothing but what Serve itself takes."""
-    from ray import serve as ray_serve
-
-    app = FastAPI()
-    many = {"max_ongoing_requests": 1_000, "ray_actor_options": {"num_cpus": 0}}
-
-    @ray_serve.deployment(**many)
-    class Echo:
-        async def complete(self, prompt: str, number: int) -> str:
-            return (prompt * number)[:number]
-
-    @ray_serve.deployment(**many)
-    @ray_serve.ingress(app)
-    class Ingress:
-        def __init__(self, echo: Any) -> None:
-            self._echo = echo
-
-        @app.post("/completions")
-        async def completions(self, request: Request) -> dict[str, Any]:
-            body = await request.json()
-            text = await self._echo.complete.remote(body["prompt"], body["max_tokens"])
-            return {"choices": [{"text": text}]}
-
-    ray_serve.run(Ingress.bind(Echo.bind()), name="bare", route_prefix="/bare")  # type: ignore[attr-defined]
-    return url.replace("/v1", "/bare")
+        ours, theirs = ([quantile(run, share) for run in runs[url]] for url in (served["url"], bare))
+        report(f"{prefix}_overhead_{name}", [ms - alone_ms for ms in ours], "ms", goal=goal, note=note)
+        report(f"{prefix}_bare_latency_{name}", theirs, "ms", note=f"of {PEER}, {note}")
 
 
 def saturation(url: str, seconds: float) -> float:
     """Requests a second that so many clients get answered, each as fast as it can."""
+    nothing_to_collect()
     with clients(url, [ASKED] * CONCURRENCY) as seen:
         wait_until_begun(seen, CONCURRENCY)
         before, started_s = len(seen.outcomes), time.monotonic()
@@ -122,15 +107,24 @@ def saturation(url: str, seconds: float) -> float:
     return number / passed_s
 
 
-async def at_a_rate(url: str, rate: float, seconds: float) -> list[Outcome]:
-    """What requests at even distances are answered, whatever those before them do."""
+async def at_a_rate(url: str, rate: float, seconds: float) -> list[float]:
+    """Milliseconds that requests at even distances take, whatever those before them do."""
+    nothing_to_collect()
     async with session() as asking:
         loop = asyncio.get_running_loop()
         started_s, tasks = loop.time(), []
         for number in range(int(rate * seconds)):
             await asyncio.sleep(started_s + number / rate - loop.time())
             tasks.append(asyncio.create_task(ask(asking, url, ASKED)))
-        return list(await asyncio.gather(*tasks))
+        seen = Clients(list(await asyncio.gather(*tasks)))
+    none_failed(seen)
+    return [1e3 * outcome.seconds for outcome in seen.outcomes]
+
+
+def nothing_to_collect() -> None:
+    """The load generator's own garbage collections would be counted as somebody's latency."""
+    gc.collect()
+    gc.freeze()
 
 
 def echo_alone_ms() -> float:
@@ -207,6 +201,16 @@ def recipes_changed(fields: dict[str, Any], seconds: float) -> None:
         with clients(served["url"], mixed()) as seen:
             until(seconds, change)
     failures("endpoint_changed_failed", seen, f"; {changed} recipes")
+
+
+def attacked(fields: dict[str, Any], database: str, number: int) -> None:
+    """So many hostile requests, beside guessed keys and honest clients."""
+    store = Store.open(database)
+    accounts.create(store, name="first", scopes=["infer"])  # without any it does not start
+    with quiet_endpoint(**fields, engine={"kind": "echo"}, keys=True, database=database) as served:
+        seen = attack(served["url"], store, number)
+    store.close()
+    report_attack(seen)
 
 
 def mixed() -> list[dict[str, Any]]:

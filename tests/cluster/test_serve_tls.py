@@ -1,4 +1,4 @@
-"""HTTPS, keys and CORS by the command line alone: `ulm serve up`, asked as clients and browsers do, `ulm serve down`."""
+"""HTTPS, keys and CORS by the command line: `ulm serve up`, asked as clients and browsers ask, `ulm serve down`."""
 
 from __future__ import annotations
 
