@@ -18,13 +18,12 @@ from sqlalchemy import Row, delete, func, insert, select, update
 from serve.keys import NewKey, is_secret, new_key, parse
 from serve.store import Key, Reservation, Store, database_url
 from ulm import runtime
-from ulm.errors import ConfigError, InvalidKeyError, QuotaError, RateLimitError, ScopeError
+from ulm.errors import ConfigError, InvalidKeyError, QuotaError, RateLimitError, RequestError, ScopeError
 from ulm.recipes.serve import ServeRecipe
 
 LEASE_S = 60.0  # a reservation whose gateway is not heard of for so long is given back
 COUNTERS = "ULM_COUNTERS_URL"  # the environment's, which may hold a password; a recipe's may not
 UNKNOWN_KEY = "This key is not known here, or has ended; ask the operator of this endpoint for one"
-NO_KEY = "This endpoint wants an API key, in the header Authorization: Bearer ulm-…"
 
 
 @dataclass(frozen=True)
@@ -91,12 +90,17 @@ class Accounts:
 
     def admit(self, authorization: str | None, scope: str) -> Admitted:
         """Check a request's key, and count the request."""
-        given = parse(authorization)
-        if given is None:
-            raise InvalidKeyError(NO_KEY)
-        key, secret = self._key(given[0]), given[1]
+        key_id, secret = parse(authorization)
+        key = self._key(key_id)
         if not is_secret(secret, (key.salt, key.hash) if key else None) or key is None or not self._is_valid(key):
             raise InvalidKeyError(UNKNOWN_KEY)
+        try:
+            return self._admitted(key, scope)
+        except RequestError as error:
+            error.key_id = key.id
+            raise
+
+    def _admitted(self, key: Row[Any], scope: str) -> Admitted:
         if scope not in key.scopes:
             problem = f"This key may not ask this path: it has the scopes {', '.join(key.scopes)}, and not {scope}"
             raise ScopeError(f"{problem}; paths to ask models begin with /v1")
@@ -116,7 +120,7 @@ class Accounts:
     def _count_request(self, key: Row[Any]) -> dict[str, str]:
         if key.requests_per_minute is None:
             return {}
-        limit, name = RateLimitItemPerMinute(key.requests_per_minute), f"requests-{key.id}"
+        limit, name = _PerMinute(key.requests_per_minute), f"requests-{key.id}"
         has_room = self._requests.hit(limit, name)
         window = self._requests.get_window_stats(limit, name)
         headers = self._headers("requests", limit.amount, window.remaining, window.reset_time)
@@ -234,8 +238,15 @@ class Accounts:
         return self._headers("tokens", limit.amount, window.remaining, window.reset_time)
 
 
-def _minute(key: Row[Any]) -> tuple[RateLimitItemPerMinute, str]:
-    return RateLimitItemPerMinute(key.tokens_per_minute), f"tokens-{key.id}"
+class _PerMinute(RateLimitItemPerMinute):
+    """A limit whose counter is the key's, whatever the limit is: a new one goes on counting where the old one was."""
+
+    def key_for(self, *identifiers: bytes | str | int | float) -> str:
+        return "/".join((self.namespace, *map(str, identifiers)))
+
+
+def _minute(key: Row[Any]) -> tuple[_PerMinute, str]:
+    return _PerMinute(key.tokens_per_minute), f"tokens-{key.id}"
 
 
 def _use(key_id: str, tokens: int) -> Any:
@@ -263,6 +274,13 @@ def listed(store: Store, key_id: str | None = None) -> list[dict[str, Any]]:
     with store.reading() as connection:
         found = connection.execute(wanted if key_id is None else wanted.where(Key.id == key_id))
         return [dict(row._mapping) for row in found]
+
+
+def change(store: Store, key_id: str, **fields: Any) -> bool:
+    """Change what a key may do, from its next request on; False where there is none, or it is revoked."""
+    mine = (Key.id == key_id) & Key.revoked_s.is_(None)
+    with store.writing() as connection:
+        return bool(connection.execute(update(Key).where(mine).values(**fields)).rowcount)
 
 
 def revoke(store: Store, key_id: str) -> bool:

@@ -9,11 +9,15 @@ import secrets
 import string
 from dataclasses import dataclass
 
+from ulm.errors import InvalidKeyError
+
 ALPHABET = string.ascii_letters + string.digits
 ID_LENGTH, SECRET_LENGTH, SALT_BYTES = 12, 32, 16  # a secret of 32 letters and digits has 190 bits
+LENGTH = len("ulm-") + ID_LENGTH + len("-") + SECRET_LENGTH
 SCOPES = ("infer", "data", "train", "admin")
 _KEY = re.compile(rf"ulm-([A-Za-z0-9]{{{ID_LENGTH}}})-([A-Za-z0-9]{{{SECRET_LENGTH}}})")
-_BEARER = re.compile(r"bearer +(\S+) *", re.IGNORECASE)
+_BEARER = re.compile(r"bearer(?: +(.*))?", re.IGNORECASE | re.DOTALL)
+NO_KEY = "This endpoint wants an API key, in the header Authorization: Bearer ulm-…"
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,27 @@ def hash_of(secret: str, salt: bytes) -> bytes:
     return hashlib.sha256(salt + secret.encode()).digest()
 
 
-def parse(authorization: str | None) -> tuple[str, str] | None:
-    """(id, secret) of an Authorization header; None where it has no key of ours."""
+def parse(authorization: str | None) -> tuple[str, str]:
+    """(id, secret) of an Authorization header; InvalidKeyError, without a word of it, where it has no key of ours."""
     bearer = _BEARER.fullmatch(authorization or "")
-    found = _KEY.fullmatch(bearer[1]) if bearer else None
-    return (found[1], found[2]) if found else None
+    given = (bearer[1] or "").strip(" ") if bearer else ""
+    if found := _KEY.fullmatch(given):
+        return found[1], found[2]
+    if not authorization:
+        raise InvalidKeyError(NO_KEY)
+    if bearer is None and authorization.strip(" ").startswith("ulm-"):
+        problem = "has a key without the word Bearer before it"
+    elif bearer is None:
+        problem = "is of another kind than Bearer"
+    elif not given:
+        problem = "has no key after the word Bearer"
+    elif not given.startswith("ulm-"):
+        problem = "has a key that is not of this endpoint, whose keys begin with ulm-"
+    elif len(given) != LENGTH:
+        problem = f"has a key that was not copied as it is: it has {len(given)} characters, and keys have {LENGTH}"
+    else:
+        problem = "has a key that was not copied as it is: it is not of the form ulm-<id>-<secret>"
+    raise InvalidKeyError(f"The header Authorization {problem}; send Authorization: Bearer ulm-…")
 
 
 _NOBODY = (bytes(SALT_BYTES), bytes(hashlib.sha256().digest_size))

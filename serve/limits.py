@@ -16,12 +16,12 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from sqlalchemy.exc import SQLAlchemyError
 
-from serve.accounts import LEASE_S, NO_KEY, Accounts, Admitted, counters, state_of
+from serve.accounts import LEASE_S, Accounts, Admitted, counters, state_of
 from serve.keys import parse
 from serve.plan import Plan
 from serve.store import Store, checked_url
 from ulm import runtime
-from ulm.errors import InvalidKeyError, RequestError, UlmError, UnavailableError
+from ulm.errors import RequestError, UlmError, UnavailableError
 from ulm.recipes.serve import ServeRecipe
 
 NAMESPACE = "ulm"
@@ -99,8 +99,7 @@ class RemoteAccounts:
 
     async def admit(self, authorization: str | None, scope: str) -> Admitted:
         """See Accounts, which are not asked about what is no key."""
-        if parse(authorization) is None:
-            raise InvalidKeyError(NO_KEY)
+        parse(authorization)
         admitted: Admitted = await self._ask("admit", authorization, scope)
         return admitted
 

@@ -128,6 +128,9 @@ def _tls(recipe: ServeRecipe, root: Path, near: Path | None) -> tuple[Path, Path
         resolve_path(getattr(recipe.tls, name), near=near, root=root, place=f"tls.{name}").absolute()
         for name in ("certificate", "key")
     )
+    for name, path in (("certificate", certificate), ("key", key)):
+        if path.exists() and not path.is_file():  # of a pipe, OpenSSL would wait for what nobody writes
+            raise ConfigError(f"tls.{name}", f"{path} is no file", "the path of a PEM file")
     try:
         ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key, password=_no_password)
     except (OSError, ssl.SSLError) as error:

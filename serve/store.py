@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from ulm import runtime
 from ulm.errors import ArtefactError, ClusterError, ConfigError
 
 MIGRATIONS = Path(__file__).with_name("migrations")
-MAGIC = b"SQLite format 3\0"  # what SQLite's files begin with
 BUSY_S = 10.0  # that a writer of SQLite waits for another one
 DATABASE = "ULM_DATABASE_URL"  # the environment's, which may hold a password; a recipe's may not
 _MIGRATION_LOCK = 0x756C6D  # of PostgreSQL's advisory locks: "ulm"
@@ -166,18 +166,32 @@ def _postgresql(url: URL) -> Engine:
     return create_engine(url, hide_parameters=True, pool_pre_ping=True, connect_args={"connect_timeout": 5})
 
 
+def _check_ours(path: Path) -> None:
+    """ConfigError for a file of SQLite that holds tables, and not ours: nothing is written into another program's."""
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=BUSY_S)) as connection:
+            names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    except sqlite3.Error as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
+            raise ConfigError("database", f"{path} is something else", "another path") from None
+        raise ClusterError(f"the database {path} cannot be opened: {error}") from None
+    if names and not {Key.__tablename__, "alembic_version"} <= names:  # Alembic is others' way, too
+        raise ConfigError("database", f"{path} holds the tables of another program", "another path, for a new file")
+
+
 def _sqlite(url: URL, is_counter: bool) -> Engine:
     """An engine over a file that only its owner reads."""
     path = Path(url.database or "")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
-        try:
-            if not stat.S_ISREG(os.fstat(handle).st_mode) or os.pread(handle, len(MAGIC), 0) not in (b"", MAGIC):
-                raise ConfigError("database", f"{path} is something else", "another path")
-            os.fchmod(handle, 0o600)  # the files beside it, -wal and -shm, get the same
-        finally:
-            os.close(handle)
+        with suppress(FileExistsError):
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        # One that is there is SQLite's alone to open: a process that closes a file loses all its locks of it, and then
+        # another one would take SQLite's log away, with what this one goes on to write.
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise ConfigError("database", f"{path} is something else", "another path")
+        _check_ours(path)
+        path.chmod(0o600)  # the files beside it, -wal and -shm, get the same
     except OSError as error:
         raise ConfigError("database", f"{path} cannot be used: {error.strerror}", "another path") from None
     engine = create_engine(url, hide_parameters=True, connect_args={"timeout": BUSY_S, "check_same_thread": False})

@@ -76,6 +76,7 @@ class RequestError(UlmError):
 
     status = 400
     type = "invalid_request_error"
+    key_id: str | None = None  # of the valid key that sent it; not for the client
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -87,11 +88,11 @@ class RequestError(UlmError):
         return {}
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild_request_error, (type(self), str(self), self.param, self.code)
+        return _bare, (type(self), self.args), self.__dict__  # crosses process borders intact
 
 
-def _rebuild_request_error(cls: type[RequestError], message: str, param: str | None, code: str | None) -> RequestError:
-    return cls(message, param=param, code=code)
+def _bare(cls: type[RequestError], args: tuple[object, ...]) -> RequestError:
+    return cls.__new__(cls, *args)
 
 
 class ContextLengthError(RequestError):
@@ -147,15 +148,6 @@ class RateLimitError(RequestError):
             return {**self._limits, "x-should-retry": "false"}  # OpenAI's clients heed it
         return {**self._limits, "Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild_rate_limit_error, (str(self), self.type, self.retry_after_s, self._limits)
-
-
-def _rebuild_rate_limit_error(
-    message: str, kind: str, retry_after_s: float | None, headers: dict[str, str]
-) -> RateLimitError:
-    return RateLimitError(message, kind=kind, retry_after_s=retry_after_s, headers=headers)
-
 
 class QuotaError(RequestError):
     """The key's quota has not enough left for this request."""
@@ -188,15 +180,6 @@ class OverloadedError(RequestError):
     def headers(self) -> dict[str, str]:
         """When to come again."""
         return {"Retry-After": str(math.ceil(self.retry_after_s))}
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild_overloaded_error, (type(self), str(self), self.param, self.code, self.retry_after_s)
-
-
-def _rebuild_overloaded_error(
-    cls: type[OverloadedError], message: str, param: str | None, code: str | None, retry_after_s: float
-) -> OverloadedError:
-    return cls(message, param=param, code=code, retry_after_s=retry_after_s)
 
 
 class UnavailableError(OverloadedError):

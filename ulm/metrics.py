@@ -39,10 +39,12 @@ _TABLE = (
     # the queue of a swarm's runs, of its driver
     Metric("ulm_queue_tasks", "gauge", ("swarm", "state"), "Runs that are waiting, running, done, failed or stopped."),
     Metric("ulm_queue_workers", "gauge", ("swarm", "state"), "Workers that are busy or idle."),
-    # serving; `outcome` is ok, the error's code, or cancelled
+    # serving; `strategy` is the path's name where none is asked, `outcome` is ok, refused, failed or cancelled
     Metric("ulm_requests_total", "counter", ("model", "strategy", "outcome"), "Requests that ended."),
     Metric("ulm_request_seconds", "histogram", ("model", "strategy"), "Arrival to last byte.", _SECONDS),
-    Metric("ulm_requests_refused_total", "counter", ("why",), "Sent away; why is gateway_full, quota and the like."),
+    Metric(
+        "ulm_requests_refused_total", "counter", ("why",), "Sent away; why is gateway_full, quota, invalid or such."
+    ),
     Metric("ulm_retries_total", "counter", ("member",), "Calls that another replica of a member's engine took over."),
     Metric("ulm_ttft_seconds", "histogram", ("model", "strategy"), "Arrival to first token.", _SECONDS),
     Metric("ulm_tokens_total", "counter", ("model", "kind"), "Tokens served; kind is prompt or generated."),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Protocol
 from urllib.parse import urlsplit
@@ -87,14 +88,10 @@ class Visit:
         self._accounts, self._admitted = accounts, admitted
         self._reservation: str | None = None
         self._is_told = False
+        self.key_id = admitted.key_id if admitted else None  # whose it is
         self.headers = dict(admitted.headers) if admitted else {}
         self.model: str | None = None  # for the log
         self.tokens = 0  # used so far
-
-    @property
-    def key_id(self) -> str | None:
-        """Whose it is."""
-        return self._admitted.key_id if self._admitted else None
 
     @property
     def models(self) -> frozenset[str] | None:
@@ -107,9 +104,18 @@ class Visit:
             self._reservation, more = await self._accounts.reserve(self._admitted.key_id, tokens)
             self.headers |= more
 
-    async def take(self, model: str, tokens: int) -> None:
+    @contextmanager
+    def owing(self, tokens: int) -> Iterator[None]:
+        """Around the work on a prompt of so many: who leaves meanwhile pays for it, and nobody for what fails."""
+        self.tokens = tokens
+        try:
+            yield
+        except Exception:
+            self.tokens = 0
+            raise
+
+    async def take(self, tokens: int) -> None:
         """For work that is done, and as long as its tokens."""
-        self.model = model
         await self.reserve(tokens)
         await self.used(tokens)
 
@@ -205,6 +211,7 @@ class Access:
             try:
                 visit = await self._visit(scope)
             except RequestError as error:
+                visit.key_id = error.key_id
                 self._record("ulm_requests_refused_total", 1, {"why": WHY[type(error)]})
                 await refusal(error)(scope, receive, answered)
                 return
@@ -225,7 +232,9 @@ class Access:
         if accounts is None or wanted is None:
             return Visit()
         given = headers.getlist("authorization")
-        return Visit(accounts, await accounts.admit(given[0] if len(given) == 1 else None, wanted))
+        if len(given) > 1:
+            raise InvalidKeyError("There is more than one header Authorization; send the one with this endpoint's key")
+        return Visit(accounts, await accounts.admit(given[0] if given else None, wanted))
 
 
 def _is_here(host: str | None) -> bool:

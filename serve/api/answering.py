@@ -16,7 +16,7 @@ from serve.api.access import Visit
 from serve.api.answers import Choices, Shape
 from serve.api.prompts import Chat, Prompt, read_prompt
 from serve.api.schema import GenerationBody
-from serve.api.spent import Record, record_ledger
+from serve.api.spent import Record, count, outcome_of, record_ledger
 from serve.catalog import Catalog, Model
 from serve.contracts import GenerateRequest, Ledger, TokenChunk
 from ulm.errors import RequestError
@@ -53,9 +53,10 @@ class Answering:
             await visit.reserve(_most_tokens(model, requests, self.catalog.budget_of(body.ulm.budget)))
             shape = shape_of(body, model.tokenizer)
             answer = self._run(body, model, requests, started_s)
-            first = await anext(answer)  # so that a refusal is a status, not a broken stream
+            with visit.owing(sum(len(request.tokens) for request in requests)):
+                first = await anext(answer)  # so that a refusal is a status, not a broken stream
         except BaseException as error:
-            self._count(tags, "refused" if isinstance(error, RequestError) else _outcome(error), started_s)
+            count(self._record, tags, outcome_of(error), started_s)
             raise
         if body.stream:
             events = self._events(shape, requests, first, answer, tags, started_s, visit)
@@ -69,7 +70,8 @@ class Answering:
                 else:
                     choices.find(prompt, item.index)[0].add(item)
         except BaseException as error:
-            self._count(tags, _outcome(error), started_s)
+            outcome = "failed" if isinstance(error, Exception) else "cancelled"
+            count(self._record, tags, outcome, started_s)
             visit.tokens = 0 if isinstance(error, Exception) else choices.total_tokens  # who leaves has had them
             raise
         choices.num_discarded = ledger.num_discarded
@@ -159,14 +161,10 @@ class Answering:
             await chained.aclose()  # type: ignore[attr-defined]  # a client that left frees its rows now
             self._finish(tags, choices, ledger, started_s, outcome)
 
-    def _count(self, tags: dict[str, str], outcome: str, started_s: float) -> None:
-        self._record("ulm_requests_total", 1, {**tags, "outcome": outcome})
-        self._record("ulm_request_seconds", time.monotonic() - started_s, tags)
-
     def _finish(
         self, tags: dict[str, str], choices: Choices, ledger: Ledger, started_s: float, outcome: str = "ok"
     ) -> None:
-        self._count(tags, outcome, started_s)
+        count(self._record, tags, outcome, started_s)
         model = {"model": tags["model"]}
         self._record("ulm_tokens_total", choices.num_prompt_tokens, {**model, "kind": "prompt"})
         generated = choices.num_tokens
@@ -202,10 +200,6 @@ def _schema_named(place: str) -> Iterator[None]:
         if error.param != "json_schema":
             raise
         raise RequestError(place + str(error).removeprefix("json_schema"), param=place, code=error.code) from None
-
-
-def _outcome(error: BaseException) -> str:
-    return "failed" if isinstance(error, Exception) else "cancelled"  # the client has left
 
 
 def _joined(ledger: Ledger, more: Ledger) -> Ledger:

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from serve.api.access import Visit
 from serve.api.prompts import read_prompt
 from serve.api.schema import MAX_PROMPTS, Body, Many, Text, Token, several
+from serve.api.spent import Record, counted
 from serve.catalog import Catalog, Model
 from serve.contracts import Member
 from ulm.errors import MemberDownError, RequestError, UnavailableError, UnsupportedError
@@ -38,21 +39,23 @@ class EmbeddingBody(Body):
         return several(self.input)
 
 
-async def embeddings(catalog: Catalog, body: EmbeddingBody, visit: Visit) -> dict[str, Any]:
+async def embeddings(catalog: Catalog, body: EmbeddingBody, visit: Visit, record: Record) -> dict[str, Any]:
     """The vectors of all inputs."""
     model = catalog.model(body.model, allowed=visit.models)
     visit.model = model.name
+    with counted(record, model.name, "embeddings"):
+        answer = await _embedded(model, body, visit)
+    record("ulm_tokens_total", visit.tokens, {"model": model.name, "kind": "prompt"})
+    return answer
+
+
+async def _embedded(model: Model, body: EmbeddingBody, visit: Visit) -> dict[str, Any]:
     member = _member(model)
     texts = await asyncio.to_thread(_read, model, body)
     count = sum(map(len, texts))
     await visit.reserve(count)
-    try:
-        vectors = [_unit(await member.engine.embed(member.id, tokens)) for tokens in texts]
-    except MemberDownError as error:
-        raise UnavailableError(f"{member.id} can not answer now ({error})", code="unavailable") from None
-    width = len(vectors[0])
-    if body.dimensions not in (None, width):
-        raise RequestError(f"dimensions: {member.id} gives {width}, and no fewer", param="dimensions")
+    with visit.owing(count):
+        vectors = await _vectors(member, texts, body.dimensions)
     data = [{"object": "embedding", "index": i, "embedding": _coded(v, body)} for i, v in enumerate(vectors)]
     await visit.used(count)
     return {
@@ -61,6 +64,17 @@ async def embeddings(catalog: Catalog, body: EmbeddingBody, visit: Visit) -> dic
         "model": body.model,
         "usage": {"prompt_tokens": count, "total_tokens": count},
     }
+
+
+async def _vectors(member: Member, texts: list[list[int]], dimensions: int | None) -> list[np.ndarray]:
+    try:
+        vectors = [_unit(await member.engine.embed(member.id, tokens)) for tokens in texts]
+    except MemberDownError as error:
+        raise UnavailableError(f"{member.id} can not answer now ({error})", code="unavailable") from None
+    width = len(vectors[0])
+    if dimensions not in (None, width):
+        raise RequestError(f"dimensions: {member.id} gives {width}, and no fewer", param="dimensions")
+    return vectors
 
 
 def _member(model: Model) -> Member:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
+from serve.api import tokens
 from serve.api.access import Guard, Visit, Visiting
 from serve.api.answering import Answering
 from serve.api.answers import ChatShape, CompletionShape
@@ -23,7 +24,7 @@ from serve.api.refusals import BoundedBody, BoundedOpen, handle_errors
 from serve.api.responses import ResponsesBody, ResponseShape
 from serve.api.schema import ChatBody, CompletionBody
 from serve.api.spent import Record
-from serve.api.tokens import DetokenizeBody, TokenizeBody, detokenized, tokenized
+from serve.api.tokens import DetokenizeBody, TokenizeBody
 from serve.catalog import Catalog
 from ulm.recipes.serve import MAX_OPEN
 
@@ -91,21 +92,17 @@ def build_app(
 
     @app.post("/v1/embeddings")
     async def embed(body: EmbeddingBody, visit: Visiting) -> dict[str, Any]:
-        return await embeddings(catalog, body, visit)
+        return await embeddings(catalog, body, visit, record)
 
     @app.post("/tokenize")  # vLLM's place
     @app.post("/v1/tokenize")
     async def tokenize(body: TokenizeBody, visit: Visiting) -> dict[str, Any]:
-        found = await asyncio.to_thread(tokenized, catalog, body, visit.models)
-        await visit.take(body.model, found["count"])
-        return found
+        return await tokens.answered(tokens.tokenize, catalog, body, visit, record)
 
     @app.post("/detokenize")
     @app.post("/v1/detokenize")
     async def detokenize(body: DetokenizeBody, visit: Visiting) -> dict[str, Any]:
-        found = await asyncio.to_thread(detokenized, catalog, body, visit.models)
-        await visit.take(body.model, len(body.tokens))
-        return found
+        return await tokens.answered(tokens.detokenize, catalog, body, visit, record)
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:

@@ -11,7 +11,16 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ulm.errors import OverloadedError, QuotaError, RateLimitError, RequestError, UnavailableError, UnsupportedError
+from ulm.errors import (
+    InvalidKeyError,
+    ModelNotFoundError,
+    OverloadedError,
+    QuotaError,
+    RateLimitError,
+    RequestError,
+    UnavailableError,
+    UnsupportedError,
+)
 
 if TYPE_CHECKING:  # torch is behind it, which Serve's proxy does without
     from serve.api.spent import Record
@@ -21,6 +30,18 @@ BODY_S = 60.0
 MAX_SHOWN = 200  # characters of a field's name, which may be the client's own word
 # Fields whose errors say where in them, and how much of that is `param`.
 PATHS = {("ulm",): None, ("response_format",): 1, ("text",): 2}
+# Why requests are sent away, as ulm_requests_refused_total has it: the first that an error is of, or its status.
+WHY = {
+    UnavailableError: "members_down",
+    OverloadedError: "engines_full",
+    InvalidKeyError: "key",  # revoked since it was let in
+    RateLimitError: "rate_limit",
+    QuotaError: "quota",
+    ModelNotFoundError: "model",
+    RequestError: "invalid",
+}
+GATEWAY_FULL = "gateway_full"
+WHY_STATUS = {404: "path", 405: "path", 408: "too_slow", 413: "too_large"}
 OPERATORS = ("/healthz", "/readyz", "/metrics")  # answered whatever else is under way
 
 
@@ -72,7 +93,7 @@ class BoundedOpen:
         if scope["type"] != "http" or scope["path"] in OPERATORS:
             await self._app(scope, receive, send)
         elif self._num_open >= self._max_open:
-            self._record("ulm_requests_refused_total", 1, {"why": "gateway_full"})
+            self._record("ulm_requests_refused_total", 1, {"why": GATEWAY_FULL})
             problem = f"{self._max_open} requests are being worked on, as many as may be at once"
             await refusal(OverloadedError(problem, code="overloaded"))(scope, receive, send)
         else:
@@ -89,24 +110,24 @@ def refusal(error: RequestError) -> JSONResponse:
 
 
 def handle_errors(app: FastAPI, record: Record) -> None:
-    """Turn every error that a route may raise into a response."""
+    """Turn every error that a route may raise into a response, and count what is refused."""
+
+    def sent_away(why: str) -> None:
+        record("ulm_requests_refused_total", 1, {"why": why})
 
     @app.exception_handler(RequestError)
     async def refused(_: Request, error: RequestError) -> JSONResponse:
-        if isinstance(error, OverloadedError):
-            why = "members_down" if isinstance(error, UnavailableError) else "engines_full"
-            record("ulm_requests_refused_total", 1, {"why": why})
-        elif isinstance(error, RateLimitError | QuotaError):
-            why = "quota" if isinstance(error, QuotaError) else "rate_limit"
-            record("ulm_requests_refused_total", 1, {"why": why})
+        sent_away(next(why for cls, why in WHY.items() if isinstance(error, cls)))
         return refusal(error)
 
     @app.exception_handler(UnsupportedError)
     async def unsupported(_: Request, error: UnsupportedError) -> JSONResponse:
+        sent_away("invalid")
         return JSONResponse(error_body(str(error), "invalid_request_error", None, "unsupported"), 400)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        sent_away("invalid")
         first = error.errors()[0]
         path = first["loc"][1:]
         if path[:1] not in PATHS:  # elsewhere the rest may name branches of a union
@@ -125,6 +146,7 @@ def handle_errors(app: FastAPI, record: Record) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
+        sent_away(WHY_STATUS.get(error.status_code, "invalid"))
         type_ = "invalid_request_error" if error.status_code < 500 else "server_error"
         message = str(error.detail)
         if error.status_code in (404, 405):

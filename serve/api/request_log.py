@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from starlette.datastructures import Headers
+from starlette.routing import Match
 from starlette.types import Scope
 
 from ulm.errors import ConfigError
@@ -34,7 +35,7 @@ class RequestLog:
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "request": Headers(scope=scope).get("x-request-id", "")[:MAX_SHOWN] or None,
             "key": key_id,
-            "path": getattr(scope.get("route"), "path", None),  # ours: a client's may hold anything
+            "path": _path(scope),
             "model": model,
             "status": status,
             "tokens": tokens,
@@ -47,3 +48,9 @@ class RequestLog:
             if not self._has_failed:
                 logger.error("the request log cannot be written: %s", error.strerror)
             self._has_failed = True
+
+
+def _path(scope: Scope) -> str | None:
+    """The path of ours that was asked, also of a request that was refused before; a client's own may hold anything."""
+    found = (route for route in scope["app"].routes if route.matches(scope)[0] is not Match.NONE)
+    return getattr(scope.get("route") or next(found, None), "path", None)

@@ -12,7 +12,17 @@ from pydantic import Field, field_validator, model_validator
 
 from serve.api.answers import Choice, Choices, Shape, event, ledger_json
 from serve.api.prompts import Chat
-from serve.api.schema import MAX_TOP_LOGPROBS, Body, Format, GenerationBody, Labels, Many, NamedSchema, Text
+from serve.api.schema import (
+    MAX_TOP_LOGPROBS,
+    Body,
+    Format,
+    GenerationBody,
+    Labels,
+    Many,
+    NamedSchema,
+    Text,
+    text_alone,
+)
 from serve.contracts import Ledger, TokenChunk
 from ulm.tokenizers.tokenizer import Tokenizer
 
@@ -97,6 +107,14 @@ class ResponsesBody(GenerationBody):
     parallel_tool_calls: bool | None = None
     truncation: Literal["disabled"] | None = None
     service_tier: Literal["auto", "default"] | None = None
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _messages_of_text(cls, given: Any) -> Any:
+        for item in given if isinstance(given, list) else ():
+            if isinstance(item, dict):
+                text_alone(item.get("content"))
+        return given
 
     @field_validator("store", mode="before")
     @classmethod

@@ -21,6 +21,7 @@ MAX_PROMPTS = 64
 MAX_MEMBERS = 64
 MAX_FIELDS = 100  # of an object; no body here has half as many
 MAX_LABELS = 16  # OpenAI's
+TEXT_TYPES = ("text", "input_text", "output_text")  # of a message's parts, in chats and responses
 LENGTHS = ("max_completion_tokens", "max_output_tokens", "max_tokens")  # names of an answer's length, newer ones first
 
 
@@ -273,6 +274,14 @@ class CompletionBody(ChoicesBody):
         return self.logprobs
 
 
+def text_alone(given: Any) -> Any:
+    """The same of a message's content; where it has a part of another type, an error that says so."""
+    types = [part.get("type") for part in given if isinstance(part, dict)] if isinstance(given, list) else []
+    if any(isinstance(type_, str) and type_ not in TEXT_TYPES for type_ in types):
+        raise ValueError("has a part that is no text, such as an image, a file or audio; only text is read here")
+    return given
+
+
 class TextPart(Body):
     """A part of a message; text is the only kind."""
 
@@ -284,7 +293,7 @@ class ChatMessage(Body):
     """One message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Many[TextPart]
+    content: Annotated[Text | Many[TextPart], BeforeValidator(text_alone)]
     name: str | None = None
 
     def plain(self) -> dict[str, str]:

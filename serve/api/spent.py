@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from serve.contracts import Ledger
+from ulm.errors import RequestError, UnsupportedError
 
 Record = Callable[[str, float, Mapping[str, str]], None]  # metric, value, tags
 CALLED = {
@@ -22,6 +25,31 @@ DEGRADED = (  # the first that matches; a failure's text may hold anything
     (r"cut short", "cut_short"),
     (r".*\bbudget\.max_(calls|tokens|ms)\b|ended by its deadline$", "budget"),
 )
+
+
+def outcome_of(error: BaseException) -> str:
+    """What became of a request that ended so before its answer began."""
+    if isinstance(error, RequestError | UnsupportedError):
+        return "refused"
+    return "failed" if isinstance(error, Exception) else "cancelled"  # the client has left
+
+
+def count(record: Record, tags: Mapping[str, str], outcome: str, started_s: float) -> None:
+    """Count a request that has ended; tags are its model and its strategy."""
+    record("ulm_requests_total", 1, {**tags, "outcome": outcome})
+    record("ulm_request_seconds", time.monotonic() - started_s, tags)
+
+
+@contextmanager
+def counted(record: Record, model: str, path: str) -> Iterator[None]:
+    """Count the request that is answered meanwhile, of a path that asks no strategy."""
+    tags, started_s = {"model": model, "strategy": path}, time.monotonic()
+    try:
+        yield
+    except BaseException as error:
+        count(record, tags, outcome_of(error), started_s)
+        raise
+    count(record, tags, "ok", started_s)
 
 
 def record_ledger(record: Record, ledger: Ledger) -> None:

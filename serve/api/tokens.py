@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
-from typing import Any, Self
+import asyncio
+from collections.abc import Callable
+from typing import Any, Self, TypeVar
 
 from pydantic import Field, model_validator
 
+from serve.api.access import Visit
 from serve.api.prompts import Chat
 from serve.api.schema import Body, ChatMessage, Many, Text, Token
-from serve.catalog import Catalog
+from serve.api.spent import Record, counted
+from serve.catalog import Catalog, Model
 from ulm.errors import RequestError
 
 MAX_IDS = 1_000_000
@@ -39,9 +42,24 @@ class DetokenizeBody(Body):
     tokens: Many[Token] = Field(max_length=MAX_IDS)
 
 
-def tokenized(catalog: Catalog, body: TokenizeBody, allowed: Container[str] | None = None) -> dict[str, Any]:
-    """The ids that a prompt is to a model, of those `allowed`."""
-    model = catalog.model(body.model, allowed=allowed)
+Asked = TypeVar("Asked", TokenizeBody, DetokenizeBody)
+Found = tuple[dict[str, Any], int]  # an answer, and the tokens that it took
+
+
+async def answered(
+    found_of: Callable[[Model, Asked], Found], catalog: Catalog, body: Asked, visit: Visit, record: Record
+) -> dict[str, Any]:
+    """The answer of one of the two below, counted and paid for."""
+    model = catalog.model(body.model, allowed=visit.models)
+    visit.model = model.name
+    with counted(record, model.name, found_of.__name__):
+        found, num_tokens = await asyncio.to_thread(found_of, model, body)
+        await visit.take(num_tokens)
+    return found
+
+
+def tokenize(model: Model, body: TokenizeBody) -> Found:
+    """The ids that a prompt is to a model."""
     tokenizer = model.tokenizer
     if body.messages is not None:
         messages = Chat([message.plain() for message in body.messages]).messages
@@ -51,14 +69,15 @@ def tokenized(catalog: Catalog, body: TokenizeBody, allowed: Container[str] | No
     if body.add_special_tokens:
         tokens = [tokenizer.eot_id, *tokens]
     spelled = [tokenizer.decode([token], spell_special=True) for token in tokens] if body.return_token_strs else None
-    return {"count": len(tokens), "max_model_len": model.context_tokens, "tokens": tokens, "token_strs": spelled}
+    count, context = len(tokens), model.context_tokens
+    return {"count": count, "max_model_len": context, "tokens": tokens, "token_strs": spelled}, count
 
 
-def detokenized(catalog: Catalog, body: DetokenizeBody, allowed: Container[str] | None = None) -> dict[str, Any]:
+def detokenize(model: Model, body: DetokenizeBody) -> Found:
     """The text of ids; special tokens have none."""
-    tokenizer = catalog.model(body.model, allowed=allowed).tokenizer
+    tokenizer = model.tokenizer
     wrong = next((token for token in body.tokens if token >= tokenizer.vocab_size), None)
     if wrong is not None:
         problem = f"tokens: there is no token {wrong}: the vocabulary has {tokenizer.vocab_size}"
         raise RequestError(problem, param="tokens")
-    return {"prompt": tokenizer.decode(body.tokens)}
+    return {"prompt": tokenizer.decode(body.tokens)}, len(body.tokens)

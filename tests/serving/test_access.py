@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from fastapi.testclient import TestClient
@@ -17,12 +18,15 @@ from fastapi.testclient import TestClient
 import ulm
 from serve import accounts
 from serve.accounts import Accounts, Admitted
+from serve.api import refusals
 from serve.api.access import Guard, scope_of
+from serve.api.refusals import MAX_BODY_BYTES
 from serve.api.request_log import RequestLog
 from serve.engines.echo import Config, EchoEngine
 from serve.store import Store
 from tests.openai_api import Records, catalog_of, client_of, echoes
-from ulm.errors import ConfigError, UnavailableError
+from ulm.errors import ConfigError, MemberDownError, UnavailableError
+from ulm.metrics import METRICS
 from ulm.recipes.serve import Cors
 from ulm.swarm.manifest import Swarm
 
@@ -35,6 +39,7 @@ class Near:
     is_down: bool = False
     open: list[str] = field(default_factory=list)
     told: list[tuple[str | None, str, int]] = field(default_factory=list)
+    reserved: int = 0  # last
 
     def _check(self) -> None:
         if self.is_down:
@@ -48,6 +53,7 @@ class Near:
         self._check()
         name = f"{key_id}{len(self.open)}"
         headers = self.accounts.reserve(key_id, name, tokens)
+        self.reserved = tokens
         self.open.append(name)
         return name, headers
 
@@ -116,10 +122,26 @@ def test_without_a_key_the_answer_is_openais_401_before_the_body_is_read(client:
         assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "invalid_api_key", None)
 
 
-def test_two_authorization_headers_are_none(client: TestClient, store: Store) -> None:
+def test_two_authorization_headers_are_refused_even_where_one_is_right(client: TestClient, store: Store) -> None:
     _, headers = make(store)
     twice = [("Authorization", headers["Authorization"]), ("Authorization", "Bearer other")]
-    assert client.get("/v1/models", headers=twice).status_code == 401
+    refused = client.get("/v1/models", headers=twice)
+    assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
+    assert "more than one header Authorization" in refused.json()["error"]["message"]
+
+
+def test_a_mis_copied_key_is_told_what_is_wrong_and_nothing_of_it(client: TestClient, store: Store) -> None:
+    key_id, headers = make(store)
+    key = headers["Authorization"].removeprefix("Bearer ")
+    for sent, problem in (
+        (key, "without the word Bearer"),
+        (f"Bearer {key[:-1]}", "it has 48 characters, and keys have 49"),
+        (f"Bearer sk-{key}", "not of this endpoint, whose keys begin with ulm-"),
+    ):
+        refused = client.get("/v1/models", headers={"Authorization": sent})
+        error = refused.json()["error"]
+        assert (refused.status_code, error["code"]) == (401, "invalid_api_key") and problem in error["message"]
+        assert key_id not in refused.text and key[-20:-1] not in refused.text and "sk-" not in refused.text
 
 
 def test_every_path_is_behind_a_scope_or_listed_as_open(client: TestClient, store: Store) -> None:
@@ -276,6 +298,39 @@ def test_a_client_that_leaves_is_charged_for_what_it_had(swarm: Swarm, store: St
     assert prompt + 3 <= tokens < prompt + 60
 
 
+@pytest.mark.parametrize("limits", [{}, {"quota_tokens": 1_000}])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/completions?stream", "/v1/embeddings"])
+def test_who_leaves_before_the_first_token_pays_the_prompt(
+    swarm: Swarm, store: Store, near: Near, log: Path, path: str, limits: dict[str, int]
+) -> None:
+    class Slow(EchoEngine):
+        begun = asyncio.Event()
+
+        async def _wait(self) -> None:
+            self.begun.set()
+            await asyncio.sleep(60)
+
+    key_id, headers = make(store, **limits)
+    slow = Slow(Config(kind="echo"))
+    asyncio.run(slow.load("e00", str(swarm.checkpoint("e00"))))
+    guard, records = Guard(near, log=RequestLog(log)), Records()
+    app: Any = client_of(catalog_of(swarm, {**echoes(swarm), "e00": slow}), records, guard=guard).app
+    text: Any = {"input": ASKED["prompt"]} if "embeddings" in path else {**ASKED, "stream": "stream" in path}
+
+    async def leave() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://testserver") as asking:
+            waiting = asyncio.create_task(asking.post(path, json={**text, "model": "e00"}, headers=headers))
+            await slow.begun.wait()
+            assert not waiting.done() and used(store, key_id) == (0 if not limits else near.reserved)
+            waiting.cancel()
+            await asyncio.wait([waiting])
+
+    asyncio.run(leave())
+    prompt = 1 + len(ulm.load(swarm.checkpoint("e00"))[1].encode("a b c a b c"))
+    assert used(store, key_id) == prompt == json.loads(log.read_text())["tokens"]
+    assert [tags["outcome"] for name, _, tags in records if name == "ulm_requests_total"] == ["cancelled"]
+
+
 # ---- limits, as clients meet them
 
 
@@ -399,6 +454,33 @@ def test_the_log_has_a_line_a_request_and_no_word_of_it(client: TestClient, stor
     assert oct(log.stat().st_mode & 0o777) == "0o600"
 
 
+def test_the_log_tells_whose_request_was_refused_and_where(client: TestClient, store: Store, log: Path) -> None:
+    def logged(status: int, path: str, headers: dict[str, str], **more: Any) -> tuple[str | None, str | None]:
+        assert client.request(more.pop("method", "GET"), path, headers=headers, **more).status_code == status
+        line = json.loads(log.read_text().splitlines()[-1])
+        assert line["status"] == status
+        return line["key"], line["path"]
+
+    key_id, headers = make(store, requests_per_minute=2, quota_tokens=3)
+    post = {"method": "POST", "json": ASKED}
+    assert logged(403, "/metrics", headers) == (key_id, "/metrics"), (
+        "the scope is looked at before requests are counted"
+    )
+    assert logged(403, "/geheim", headers) == (key_id, None)
+    assert logged(429, "/v1/completions", headers, **post) == (key_id, "/v1/completions"), "the quota"
+    assert logged(400, "/v1/completions", headers, method="POST", content=b"{") == (key_id, "/v1/completions")
+    assert logged(429, "/v1/models/geheim", headers) == (key_id, "/v1/models/{name:path}"), "requests of a minute"
+    ended, of_ended = make(store)
+    accounts.revoke(store, ended)
+    wrong = {"Authorization": headers["Authorization"][:-4] + "0000"}
+    for of in ({}, of_ended, wrong):
+        assert logged(401, "/v1/completions", of, **post) == (None, "/v1/completions"), (
+            "who it claims to be is not told"
+        )
+    assert logged(401, "/v1/chat/completions", {}) == (None, "/v1/chat/completions"), "by another method, too"
+    assert "geheim" not in log.read_text()
+
+
 def test_answers_say_how_long_they_took(client: TestClient, store: Store) -> None:
     _, headers = make(store)
     for response in (client.get("/v1/models", headers=headers), client.get("/v1/models"), client.get("/healthz")):
@@ -427,4 +509,78 @@ def test_a_secret_is_in_no_answer_metric_or_log(
     everything += [file.read_bytes().decode("latin-1") for file in tmp_path.rglob("*") if file.is_file()]
     assert not any(secret in text for text in everything)
     refused = {tags["why"] for name, _, tags in records if name == "ulm_requests_refused_total"}
-    assert refused == {"key", "rate_limit", "quota"}
+    assert refused == {"key", "rate_limit", "quota", "model", "invalid"}
+
+
+# ---- what is counted for operators
+
+
+def test_embeddings_and_tokenizing_are_counted_by_model_and_outcome(
+    client: TestClient, store: Store, records: Records
+) -> None:
+    _, headers = make(store, quota_tokens=40)
+    embedding = client.post("/v1/embeddings", json={"model": "first", "input": ["a", "b c"]}, headers=headers).json()
+    client.post("/v1/embeddings", json={"model": "swarm/route", "input": "a"}, headers=headers)
+    client.post("/v1/embeddings", json={"model": "e01", "input": "a", "dimensions": 3}, headers=headers)
+    client.post("/v1/embeddings", json={"model": "e01", "input": "a " * 40}, headers=headers)
+    client.post("/v1/tokenize", json={"model": "e01", "prompt": "a"}, headers=headers)
+    client.post("/detokenize", json={"model": "e01", "tokens": [5]}, headers=headers)
+    client.post("/detokenize", json={"model": "e01", "tokens": [10**9]}, headers=headers)
+    found = [tuple(tags.values()) for name, _, tags in records if name == "ulm_requests_total"]
+    assert found == [
+        ("e00", "embeddings", "ok"),
+        ("swarm/route", "embeddings", "refused"),
+        ("e01", "embeddings", "refused"),
+        ("e01", "embeddings", "refused"),
+        ("e01", "tokenize", "ok"),
+        ("e01", "detokenize", "ok"),
+        ("e01", "detokenize", "refused"),
+    ]
+    assert all(set(tags) == set(METRICS[name].tags) for name, _, tags in records)
+    tokens = [(value, dict(tags)) for name, value, tags in records if name == "ulm_tokens_total"]
+    assert tokens == [(embedding["usage"]["prompt_tokens"], {"model": "e00", "kind": "prompt"})]
+    assert sum(name == "ulm_request_seconds" for name, _, _ in records) == len(found)
+
+
+def test_what_is_refused_is_counted_by_why(swarm: Swarm, records: Records) -> None:
+    class Slow(EchoEngine):
+        async def embed(self, member: str, tokens: Any) -> Any:
+            raise MemberDownError("gone")
+
+    client = client_of(catalog_of(swarm, echoes(swarm, Slow, ("e00",))), records)
+    for why, status, body in (
+        ("invalid", 400, {"json": {**ASKED, "n": "x"}}),
+        ("invalid", 400, {"content": b"{not json"}),
+        ("invalid", 400, {"json": {**ASKED, "prompt": "a " * 500}}),
+        ("model", 404, {"json": {**ASKED, "model": "geheim"}}),
+        ("too_large", 413, {"content": b" " * (MAX_BODY_BYTES + 1)}),
+    ):
+        records.clear()
+        assert client.post("/v1/completions", **body).status_code == status
+        refused = [dict(tags) for name, _, tags in records if name == "ulm_requests_refused_total"]
+        assert refused == [{"why": why}]
+    records.clear()
+    assert client.get("/geheim").status_code == 404
+    assert client.get("/v1/completions").status_code == 405
+    assert client.post("/v1/embeddings", json={"model": "swarm", "input": "a"}).status_code == 400
+    assert client.post("/v1/embeddings", json={"model": "e00", "input": "a"}).status_code == 503
+    whys = [tags["why"] for name, _, tags in records if name == "ulm_requests_refused_total"]
+    assert whys == ["path", "path", "invalid", "members_down"]
+
+
+def test_a_body_that_does_not_come_is_counted_as_too_slow(
+    swarm: Swarm, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refusals, "BODY_S", 0.1)
+    app: Any = client_of(catalog_of(swarm, echoes(swarm)), records).app
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(60)
+
+    async def ask() -> int:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://testserver") as asking:
+            return (await asking.post("/v1/completions", content=body())).status_code
+
+    assert asyncio.run(ask()) == 408
+    assert [tags["why"] for name, _, tags in records if name == "ulm_requests_refused_total"] == ["too_slow"]

@@ -129,6 +129,21 @@ def test_a_revoked_key_ends_on_every_gateway_within_a_second(keyed: Keyed) -> No
     assert {answer.status_code for answer in asyncio.run(keyed.at_once(40, headers))} == {401}, "at once, even"
 
 
+def test_a_changed_key_is_so_on_every_gateway_and_its_refusals_are_logged_as_its(keyed: Keyed) -> None:
+    key_id, headers = keyed.new_key()
+    assert {answer.status_code for answer in asyncio.run(keyed.at_once(10, headers))} == {200}
+    accounts.change(keyed.store, key_id, requests_per_minute=5)
+    answers = asyncio.run(keyed.at_once(20, headers))
+    assert Counter(answer.status_code for answer in answers) == {200: 5, 429: 15}
+    accounts.change(keyed.store, key_id, requests_per_minute=None, scopes=["admin"])
+    assert {answer.status_code for answer in asyncio.run(keyed.at_once(5, headers))} == {403}
+    mine, until_s = Counter[tuple[int, str]](), time.monotonic() + SETTLED_S
+    while mine.total() < 35 and time.monotonic() < until_s:  # a line is written once its answer has gone out
+        lines = [json.loads(line) for line in (keyed.folder / "requests.jsonl").read_text().splitlines()]
+        mine = Counter((line["status"], line["path"]) for line in lines if line["key"] == key_id)
+    assert mine == {(status, "/v1/completions"): num for status, num in ((200, 15), (429, 15), (403, 5))}
+
+
 def test_when_the_actor_is_killed_nobody_gets_in_unchecked_and_no_use_is_lost(keyed: Keyed) -> None:
     import ray
 

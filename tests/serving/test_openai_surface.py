@@ -12,7 +12,8 @@ import pytest
 import torch
 from fastapi.exceptions import RequestValidationError
 from fastapi.testclient import TestClient
-from openai import OpenAI
+from openai import LengthFinishReasonError, OpenAI
+from pydantic import BaseModel, ValidationError
 
 import ulm
 from serve.engines.local.engine import Config, LocalEngine
@@ -395,6 +396,58 @@ def test_a_response_that_ends_by_itself_is_complete(swarm: Swarm) -> None:
         with client.responses.stream(model="e00", input=said) as stream:
             found: Any = stream.get_final_response()
     assert (found.status, found.incomplete_details, found.output[0].status) == ("completed", None, "completed")
+
+
+class Book(BaseModel):
+    title: str
+
+
+def test_what_the_stream_helpers_make_of_an_answer_that_was_cut(official: OpenAI) -> None:
+    """As docs/endpoint.md tells: asked for the whole they raise, as OpenAI's own answers would have them."""
+    with official.responses.stream(model="e00", input="Hi", max_output_tokens=3, temperature=0) as responses:
+        assert [event.type for event in responses][-1] == "response.incomplete"
+        with pytest.raises(RuntimeError, match=r"Didn't receive a `response\.completed` event"):
+            responses.get_final_response()
+    messages: Any = [{"role": "user", "content": "Hi"}]
+    asked: dict[str, Any] = {"model": "e00", "messages": messages, "max_completion_tokens": 3, "temperature": 0}
+    with official.chat.completions.stream(**asked) as chat:
+        assert [event.type for event in chat][-1] == "content.done"
+        assert chat.current_completion_snapshot.choices[0].finish_reason == "length"
+        with pytest.raises(LengthFinishReasonError):
+            chat.get_final_completion()
+    with (
+        pytest.raises(LengthFinishReasonError),
+        official.chat.completions.stream(**asked, response_format=Book) as chat,
+    ):
+        chat.until_done()
+    with (
+        pytest.raises(ValidationError),
+        official.responses.stream(model="e00", input="Hi", max_output_tokens=3, text_format=Book) as responses,
+    ):
+        responses.until_done()
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_message_with_more_than_text_is_told_that_only_text_is_read(client: TestClient, role: str) -> None:
+    text = "only text is read here"
+    image = {"type": "image_url", "image_url": {"url": "data:geheim"}}
+    for path, place, parts in (
+        ("chat/completions", "messages", [{"type": "text", "text": "What is it?"}, image]),
+        ("chat/completions", "messages", [{"type": "input_audio", "input_audio": {"data": "geheim"}}]),
+        ("tokenize", "messages", [{"type": "file", "file": {"file_id": "geheim"}}]),
+        ("responses", "input", [{"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": "geheim"}]),
+        ("responses", "input", [{"type": "geheim"}]),
+    ):
+        body = {"model": "e00", place: [{"role": role, "content": parts}]}
+        refused = client.post(f"/v1/{path}", json=body)
+        error = refused.json()["error"]
+        assert (refused.status_code, error["param"]) == (400, place) and text in error["message"], error
+        assert "geheim" not in refused.text
+    others: list[Any] = [7, [7], [{}], [{"type": 7}], [{"type": "text"}], None]
+    for path, place in (("chat/completions", "messages"), ("responses", "input")):
+        for content in others:
+            refused = client.post(f"/v1/{path}", json={"model": "e00", place: [{"role": role, "content": content}]})
+            assert refused.status_code == 400 and text not in refused.text, "that is another mistake"
 
 
 def test_a_response_of_several_members_has_a_message_of_each(client: TestClient) -> None:

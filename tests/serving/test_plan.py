@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,21 @@ def test_a_swarm_gives_members_with_clusters_router_and_strategy(swarm: Swarm, r
     assert plan.groups == (("e00", "e01", "e02", "seed"),)
     apart = make_plan(recipe(swarm=str(swarm.folder), members_per_engine=3), root=root, near=None)
     assert apart.groups == (("e00", "e01", "e02"), ("seed",))
+
+
+@pytest.mark.parametrize("name", ["certificate", "key"])
+@pytest.mark.timeout(30)
+def test_a_certificate_that_is_no_file_is_refused_and_not_waited_for(
+    swarm: Swarm, root: Path, tmp_path: Path, name: str
+) -> None:
+    tls = {other: str(tmp_path / f"{other}.pem") for other in ("certificate", "key")}
+    os.mkfifo(tls[name])
+    served = recipe(swarm=str(swarm.folder), tls=tls)
+    with pytest.raises(ConfigError, match=rf"tls\.{name}: .*{name}\.pem is no file \(the path of a PEM file"):
+        make_plan(served, root=root, near=None)
+    os.unlink(tls[name])
+    with pytest.raises(ConfigError, match="tls: .* cannot be used: No such file"):
+        make_plan(served, root=root, near=None)
 
 
 BY_VLLM = {"kind": "vllm", "cpus": 0.5, "max_answers": 8}

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from serve import constrained
+from serve.api import access, refusals
 from serve.api.openai import build_app
 from serve.api.responses import ResponsesBody
 from serve.api.schema import Body, ChatBody, ChoicesBody, CompletionBody, GenerationBody
@@ -81,6 +82,9 @@ def test_its_settings_under_load_are_the_recipes_and_its_metrics_are_declared() 
     for name, default, _ in settings:
         assert str(ServeRecipe.model_fields[name.strip("`")].default) == default
     assert {name.strip("`") for name, _ in metrics} <= set(METRICS)
+    meaning = {name.strip("`"): named(said) for name, said in metrics}
+    whys = {*access.WHY.values(), *refusals.WHY.values(), *refusals.WHY_STATUS.values(), refusals.GATEWAY_FULL}
+    assert set(meaning["ulm_requests_refused_total"]) == whys
     text = " ".join(DOCS.section("Under load").split())
     assert f"there {SPARE} requests more than `max_open` may wait for a gateway" in text
     assert f"asks every engine and gateway every {HEALTH_PERIOD_S:g} seconds" in text

@@ -19,7 +19,7 @@ from serve.accounts import check_state
 from serve.keys import hash_of, is_secret, new_key, parse
 from ulm.cli import cluster
 from ulm.cli.main import app
-from ulm.errors import ConfigError
+from ulm.errors import ConfigError, InvalidKeyError
 from ulm.recipes.base import validate
 from ulm.recipes.serve import ServeRecipe
 
@@ -35,7 +35,7 @@ def test_a_key_has_its_id_and_190_bits_that_are_never_the_same() -> None:
 def test_a_secret_is_known_by_its_hash_alone() -> None:
     key, other = new_key(), new_key()
     given = parse(f"Bearer {key.text}")
-    assert given is not None and given[0] == key.id
+    assert given[0] == key.id
     assert is_secret(given[1], (key.salt, key.hash))
     assert not is_secret(given[1][:-1] + "_", (key.salt, key.hash))
     assert not is_secret(given[1], (other.salt, key.hash)), "the salt is part of it"
@@ -49,31 +49,41 @@ def test_nothing_that_shows_a_key_shows_its_secret() -> None:
 
 
 @pytest.mark.parametrize(
-    "header",
+    ("header", "problem"),
     [
-        None,
-        "",
-        "Bearer",
-        "Bearer ",
-        "Bearer none",
-        "Basic {key}",
-        "{key}",
-        "Bearer {key}x",
-        "Bearer {key} {key}",
-        "Bearer ULM{rest}",
-        "Bearer {key}\x00",
-        "Bearer " + "a" * 1_000_000,
-        "Bearer ulm-aaaaaaaaaaaé-" + "b" * 32,
+        (None, "This endpoint wants an API key"),
+        ("", "This endpoint wants an API key"),
+        ("Bearer", "has no key after the word Bearer"),
+        ("Bearer  ", "has no key after the word Bearer"),
+        ("Bearer none", "has a key that is not of this endpoint, whose keys begin with ulm-"),
+        ("Bearer sk-geheim-{secret}", "has a key that is not of this endpoint"),
+        ("Bearer ULM{rest}", "has a key that is not of this endpoint"),
+        ('Bearer "{key}"', "has a key that is not of this endpoint"),
+        ("Bearer " + "a" * 1_000_000, "has a key that is not of this endpoint"),
+        ("{key}", "has a key without the word Bearer before it"),
+        ("Basic {key}", "is of another kind than Bearer"),
+        ("Bearer{key}", "is of another kind than Bearer"),
+        ("Bearer {key}x", "was not copied as it is: it has 50 characters, and keys have 49"),
+        ("Bearer ulm-{secret}", "was not copied as it is: it has 36 characters, and keys have 49"),
+        ("Bearer {key} {key}", "was not copied as it is: it has 99 characters, and keys have 49"),
+        ("Bearer {key}\x00", "was not copied as it is: it has 50 characters, and keys have 49"),
+        ("Bearer ulm-aaaaaaaaaaaé-" + "b" * 32, "was not copied as it is: it is not of the form ulm-<id>-<secret>"),
     ],
 )
-def test_what_is_no_key_is_not_read_as_one(header: str | None) -> None:
-    key = new_key().text
-    assert parse(header and header.format(key=key, rest=key[3:])) is None
+def test_what_is_no_key_is_refused_with_what_is_wrong_and_no_word_of_it(header: str | None, problem: str) -> None:
+    key = new_key()
+    secret = key.text[-32:]
+    with pytest.raises(InvalidKeyError) as error:
+        parse(header and header.format(key=key.text, rest=key.text[3:], secret=secret))
+    said = str(error.value)
+    assert problem in said and "Authorization: Bearer ulm-…" in said and len(said) < 200
+    assert not any(word in said for word in (key.id, secret, "geheim", "none", "aaaa", "bbbb"))
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER "])
 def test_the_scheme_is_written_in_any_case(scheme: str) -> None:
-    assert parse(f"{scheme} {new_key().text}") is not None
+    key = new_key()
+    assert parse(f"{scheme} {key.text} ") == (key.id, key.text[-32:])
 
 
 def test_an_unknown_id_takes_as_long_as_a_wrong_secret() -> None:
@@ -137,9 +147,61 @@ def test_an_expired_key_is_listed_as_such(root: Path) -> None:
     assert run("show", key_id)["status"] == "expired"
 
 
+def test_an_update_changes_what_it_names_and_nothing_else(root: Path) -> None:
+    made = run("create", "--name", "a", "--model", "swarm", *LIMITS, "--expires", "30d")
+    key_id, secret = made["id"], made.pop("key")[-32:]
+    changed = run("update", key_id, "--name", "b", "--requests-per-minute", "5", "--scope", "admin", "--scope", "infer")
+    assert changed == {**made, "name": "b", "requests_per_minute": 5, "scopes": ["infer", "admin"]}
+    none = [f"--{limit}=none" for limit in ("requests-per-minute", "tokens-per-minute", "quota", "expires", "model")]
+    nothing = dict.fromkeys(("requests_per_minute", "tokens_per_minute", "quota_tokens", "expires", "models"))
+    assert run("update", key_id, *none) == run("show", key_id) == {**changed, **nothing}
+    again = run("update", key_id, "--tokens-per-minute", "7", "--quota", "9", "--model", "e01", "--model", "e00")
+    assert again == {**changed, **nothing, "tokens_per_minute": 7, "quota_tokens": 9, "models": ["e00", "e01"]}
+    with sqlite3.connect(root / "state.db") as database:
+        (salt, hash_) = database.execute("SELECT salt, hash FROM keys").fetchone()
+    database.close()
+    assert is_secret(secret, (salt, hash_)), "the key itself is the same"
+
+
+def test_an_update_gives_an_expired_key_more_time_and_not_a_revoked_one(root: Path) -> None:
+    key_id = run("create", "--name", "a", "--expires", "1m")["id"]
+    with sqlite3.connect(root / "state.db") as database:
+        database.execute("UPDATE keys SET expires_s = expires_s - 61")
+    database.close()
+    assert run("update", key_id, "--name", "b")["status"] == "expired"
+    assert run("update", key_id, "--expires", "1h")["status"] == "valid"
+    revoked = run("revoke", key_id)
+    assert f"KEY_ID: {key_id} is revoked, for good (make another" in str(run("update", key_id, "--quota", "5", code=2))
+    assert run("show", key_id) == revoked
+
+
+def test_the_help_of_update_has_examples_that_work(root: Path) -> None:
+    text = CliRunner().invoke(app, ["keys", "update", "--help"], env={"COLUMNS": "200"}).stdout
+    examples = re.findall(r"ulm keys update Zx3kT0aYb91q (.+?)[ │]*\n", text)
+    key_id = run("create", "--name", "a")["id"]
+    assert len(examples) == 2
+    for example in examples:
+        assert run("update", key_id, *example.split())["id"] == key_id
+
+
+def test_where_there_is_no_key_the_list_says_how_to_make_one(root: Path) -> None:
+    told = CliRunner().invoke(app, ["keys", "list"])
+    assert told.stderr.strip() == "no keys yet: ulm keys create --name me" and json.loads(told.stdout) == {"keys": []}
+    run("create", "--name", "me")
+    assert "no keys yet" not in CliRunner().invoke(app, ["keys", "list"]).stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("update", "a" * 12, "--name", "b"), "KEY_ID: there is no key aaaaaaaaaaaa"),
+        (("update", "a" * 12), "keys update: nothing is to be changed"),
+        (("update", "a" * 12, "--quota", "0"), "--quota: '0' is no number from 1 to"),
+        (("update", "a" * 12, "--quota", "1e6"), "--quota: '1e6' is no number from 1 to"),
+        (("update", "a" * 12, "--tokens-per-minute", "9" * 30), "is no number from 1 to 1,099,511,627,776 (none takes"),
+        (("update", "a" * 12, "--requests-per-minute", "100001"), "--requests-per-minute: '100001' is no number from"),
+        (("update", "a" * 12, "--expires", "never"), "--expires: 'never' is no duration"),
+        (("update", "a" * 12, "--scope", "none"), "--scope: there is no scope 'none'"),
         (("create", "--name", "a", "--scope", "root"), "--scope: there is no scope 'root' (one of infer, data, tr"),
         (("create", "--name", "a\x1b[2J"), "--name: is no name"),
         (("create", "--name", ""), "--name: is no name"),
@@ -159,6 +221,7 @@ def test_a_mistake_is_named_with_its_remedy(root: Path, arguments: tuple[str, ..
 def test_a_whole_key_given_for_its_id_is_not_shown_again(root: Path) -> None:
     key = run("create", "--name", "a")["key"]
     assert key.rpartition("-")[2] not in str(run("revoke", key, code=2))
+    assert key.rpartition("-")[2] not in str(run("update", key, "--quota", "5", code=2))
 
 
 def test_keys_reads_the_database_of_the_environment(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,6 +304,8 @@ def test_a_key_for_a_model_that_is_not_served_is_made_and_told(root: Path) -> No
     told = CliRunner().invoke(app, ["keys", "create", "--name", "a", "--model", "e0O"])
     assert "not served now" not in told.stderr, "nothing is served"
     cluster.remember(root, {"url": "http://127.0.0.1:1/v1", "pid": os.getpid(), "models": ["swarm", "e00"]})
-    for model, is_told in (("e00", False), ("e0O", True)):
-        told = CliRunner().invoke(app, ["keys", "create", "--name", "a", "--model", model])
-        assert told.exit_code == 0 and ("not served now: e0O" in told.stderr) == is_told
+    key_id = run("create", "--name", "b")["id"]
+    for model, is_told in (("e00", False), ("e0O", True), ("none", False)):
+        for verb in (["update", key_id], ["create", "--name", "a"])[: 1 + (model != "none")]:
+            told = CliRunner().invoke(app, ["keys", *verb, "--model", model])
+            assert told.exit_code == 0 and ("not served now: e0O" in told.stderr) == is_told

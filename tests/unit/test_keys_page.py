@@ -42,12 +42,15 @@ def test_its_recipe_is_one_and_its_fields_are_all_there_is() -> None:
     assert {named(first)[0] for first, _ in table(before)} == FIELDS <= set(ServeRecipe.model_fields)
 
 
-def test_every_option_of_create_stands_in_its_table() -> None:
+def test_every_option_of_create_stands_in_its_table_and_update_takes_them_all() -> None:
     command: Any = typer.main.get_command(app)
-    create = command.commands["keys"].commands["create"]
-    options = {name for parameter in create.params for name in parameter.opts if name.startswith("--")} - {"--help"}
+    verbs = command.commands["keys"].commands
+    create, update = (
+        {name for parameter in verbs[verb].params for name in parameter.opts if name.startswith("--")} - {"--help"}
+        for verb in ("create", "update")
+    )
     ((*_, rows),) = [KEYS.tables("Keys")]
-    assert {named(first)[0] for first, _ in rows} == options
+    assert {named(first)[0] for first, _ in rows} == create == update
 
 
 def test_every_refusal_of_a_key_stands_in_its_table() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -23,7 +24,16 @@ from serve.accounts import LEASE_S, Accounts, counters
 from serve.limits import Checks, RemoteAccounts
 from serve.store import Store
 from tests.databases import redis_server
-from ulm.errors import ConfigError, InvalidKeyError, QuotaError, RateLimitError, RequestError, ScopeError
+from ulm.errors import (
+    ConfigError,
+    InvalidKeyError,
+    OverloadedError,
+    QuotaError,
+    RateLimitError,
+    RequestError,
+    ScopeError,
+    UnavailableError,
+)
 
 START_S = 1_800_000_000.0
 
@@ -310,6 +320,58 @@ def test_no_more_than_the_limits_get_through_two_gateways_at_once(storage: str, 
         both(Accounts(store, counters(url)), Accounts(store, counters(url)), nullcontext())
 
 
+@pytest.mark.parametrize("storage", ["memory", "redis"])
+def test_a_changed_limit_holds_at_the_next_request_and_counts_on(storage: str, store: Store, tmp_path: Path) -> None:
+    owner = make(store, requests_per_minute=3, tokens_per_minute=100)
+    elsewhere = Store.open(f"sqlite:///{tmp_path / 'state.db'}")  # as `ulm keys` in another process
+
+    def change(**fields: Any) -> None:
+        assert accounts.change(elsewhere, owner.id, **fields)
+
+    with redis_server(tmp_path) if storage == "redis" else nullcontext() as url:
+        checks = Accounts(store, counters(url))
+        checks.admit(owner.header, "infer")
+        checks.admit(owner.header, "infer")
+        checks.reserve(owner.id, "a", 80)
+        change(requests_per_minute=2, tokens_per_minute=110)
+        with pytest.raises(RateLimitError, match="has had its 2 requests"):
+            checks.admit(owner.header, "infer")
+        with pytest.raises(RateLimitError, match="the key has 30 of 110 left in this minute"):
+            checks.reserve(owner.id, "b", 31)
+        checks.reserve(owner.id, "b", 30)
+        checks.settle("a", 10)
+        assert checks.reserve(owner.id, "c", 69)["x-ratelimit-remaining-tokens"] == "1", "it came back to its minute"
+        change(requests_per_minute=4, quota_tokens=100)
+        assert checks.admit(owner.header, "infer").headers["x-ratelimit-remaining-requests"] == "1"
+        with pytest.raises(QuotaError):
+            checks.reserve(owner.id, "d", 1)
+        change(requests_per_minute=None, tokens_per_minute=None, quota_tokens=None, models=["e00"], scopes=["admin"])
+        admitted = checks.admit(owner.header, "admin")
+        assert (admitted.headers, admitted.models, admitted.is_metered) == ({}, frozenset({"e00"}), False)
+        checks.settle("b", 1)
+        checks.settle("c", 2)
+        assert used(store, owner) == 13
+        change(expires_s=1.0)
+        with pytest.raises(InvalidKeyError):
+            checks.admit(owner.header, "admin")
+    accounts.revoke(elsewhere, owner.id)
+    assert not accounts.change(elsewhere, owner.id, expires_s=None)
+    elsewhere.close()
+
+
+def test_a_refusal_crosses_processes_with_all_that_it_says(store: Store, clock: Clock) -> None:
+    owner, checks = make(store, requests_per_minute=1), Accounts(store, now_s=clock.time)
+    checks.admit(owner.header, "infer")
+    errors = [error_of(lambda scope=scope: checks.admit(owner.header, scope)) for scope in ("infer", "admin")]  # type: ignore[misc]
+    errors += [QuotaError("q", param="p"), OverloadedError("o", code="c", retry_after_s=7.0), InvalidKeyError("k")]
+    for error in errors:
+        assert error is not None
+        there = pickle.loads(pickle.dumps(error))
+        assert (type(there), str(there), vars(there)) == (type(error), str(error), vars(error))
+        assert (there.headers, there.type, there.args) == (error.headers, error.type, error.args)
+    assert [error and error.key_id for error in errors] == [owner.id, owner.id, None, None, None]
+
+
 def test_limits_counted_in_redis_outlast_the_actor(store: Store, tmp_path: Path) -> None:
     owner = make(store, requests_per_minute=2, tokens_per_minute=100)
     with redis_server(tmp_path) as url:
@@ -369,8 +431,39 @@ def test_while_redis_is_away_there_is_no_answer_either(store: Store, tmp_path: P
     assert checks.ask("admit", owner.header, "infer") is None
 
 
+class Lost(RemoteAccounts):
+    """The accounts in this process, where the answer to `reserve` gets lost on its way."""
+
+    def __init__(self, checks: Accounts, lost: BaseException) -> None:
+        super().__init__("nobody")
+        self._checks, self._lost = checks, lost
+
+    async def _ask(self, method: str, *arguments: Any) -> Any:
+        answer = getattr(self._checks, method)(*arguments)
+        if method == "reserve":
+            raise self._lost
+        return answer
+
+
+@pytest.mark.parametrize("lost", [UnavailableError("gone"), asyncio.CancelledError()])
+def test_a_reservation_whose_answer_was_lost_is_given_back_at_once(
+    lost: BaseException, store: Store, clock: Clock
+) -> None:
+    owner, checks = make(store, tokens_per_minute=100, quota_tokens=100), Accounts(store, now_s=clock.time)
+
+    async def reserve() -> None:
+        with pytest.raises(type(lost)):
+            await Lost(checks, lost).reserve(owner.id, 80)
+        assert used(store, owner) == 80
+        await asyncio.sleep(0.05)
+
+    asyncio.run(reserve())
+    assert used(store, owner) == 0
+    assert checks.reserve(owner.id, "next", 100)["x-ratelimit-remaining-tokens"] == "0"
+
+
 def test_what_is_no_key_is_refused_without_asking_the_actor() -> None:
     """There is none in this test, and a flood of them would be everybody's wait."""
     for given in (None, "", "Bearer none", "Basic a"):
-        with pytest.raises(InvalidKeyError, match="This endpoint wants an API key"):
+        with pytest.raises(InvalidKeyError, match="Authorization: Bearer ulm-…"):
             asyncio.run(RemoteAccounts("nobody").admit(given, "infer"))

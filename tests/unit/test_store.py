@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import insert, inspect, select, text, update
+from sqlalchemy.engine import URL
 from sqlalchemy.exc import IntegrityError
 
 from serve import accounts
@@ -21,6 +24,7 @@ from serve.store import Base, Key, Reservation, Store, checked_url
 from tests.databases import new_database, postgresql
 from ulm.errors import ArtefactError, ClusterError, ConfigError
 
+SHOWS = "import sqlite3, sys; print(sqlite3.connect(sys.argv[1]).execute('SELECT id FROM keys').fetchall())"
 OPENS = "import sys; from serve.store import Store; print('ready'); input(); Store.open(sys.argv[1]).close()"
 
 
@@ -147,26 +151,78 @@ def test_only_its_owner_reads_sqlites_files(tmp_path: Path) -> None:
     store.close()
 
 
+def test_a_store_that_is_opened_twice_in_a_process_goes_on_after_another_process_has_closed_its(tmp_path: Path) -> None:
+    """POSIX locks are a process's: were the file itself opened and closed, all of them would be gone."""
+    url = f"sqlite:///{tmp_path / 'state.db'}"
+    first = Store.open(url)
+    make(first)
+    Store.open(url).close()
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    child = subprocess.Popen([sys.executable, "-uc", OPENS, url], text=True, **pipes)
+    child.communicate("go\n", timeout=60)
+    key_id = make(first)
+    seen = subprocess.check_output([sys.executable, "-c", SHOWS, str(tmp_path / "state.db")], text=True)
+    first.close()
+    assert key_id in seen
+
+
 def test_a_link_in_the_place_of_the_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "target").touch()
     (tmp_path / "state.db").symlink_to("target")
-    with pytest.raises(ConfigError, match=r"state\.db cannot be used: Too many levels of symbolic links"):
+    with pytest.raises(ConfigError, match=r"state\.db is something else"):
         Store.open(f"sqlite:///{tmp_path / 'state.db'}")
+    (tmp_path / "target").unlink()
+    with pytest.raises(ConfigError, match=r"state\.db is something else"):
+        Store.open(f"sqlite:///{tmp_path / 'state.db'}")
+    assert not (tmp_path / "target").exists(), "nor is anything made where it leads"
 
 
-@pytest.mark.parametrize("kind", ["notes", "fifo", "device", "damaged"])
+@pytest.mark.parametrize("kind", ["notes", "a word", "fifo", "device", "folder", "damaged"])
 def test_what_is_no_database_is_named_and_left_as_it_is(tmp_path: Path, kind: str) -> None:
     path = Path("/dev/full") if kind == "device" else tmp_path / "state.db"
     if kind == "fifo":
         os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "damaged":
+        Store.open(f"sqlite:///{path}").close()
+        path.write_bytes(path.read_bytes()[:100] + b"text " * 10_000)
     elif kind != "device":
-        path.write_bytes(b"text " * 1_000 if kind == "notes" else b"SQLite format 3\0" + b"text " * 1_000)
+        path.write_bytes(b"text " * (1_000 if kind == "notes" else 1))
         path.chmod(0o644)
     mode, problem = path.stat().st_mode, "cannot be opened: " if kind == "damaged" else "is something else"
     with pytest.raises((ClusterError, ConfigError), match=f"{path} {problem}"):
         Store.open(f"sqlite:///{path}")
     if kind != "damaged":
         assert path.stat().st_mode == mode, "who may read somebody's notes is not changed"
+
+
+@pytest.mark.parametrize("tables", [("notes",), ("alembic_version", "runs"), ("keys",)])
+@pytest.mark.parametrize("mode", ["delete", "wal"])
+def test_another_programs_database_is_refused_and_left_as_it_is(
+    tmp_path: Path, tables: tuple[str, ...], mode: str
+) -> None:
+    path = tmp_path / "a b?c#%41.db"  # no URL's: as one is a path within
+    with closing(sqlite3.connect(path)) as theirs:
+        theirs.execute(f"PRAGMA journal_mode={mode}")
+        for table in tables:
+            theirs.execute(f"CREATE TABLE {table} (version_num TEXT)")
+    path.chmod(0o644)
+    before = path.read_bytes(), path.stat().st_mode
+    with pytest.raises(ConfigError, match=r"%41\.db holds the tables of another program \(another path"):
+        Store.open(URL.create("sqlite", database=str(path)).render_as_string())
+    assert (path.read_bytes(), path.stat().st_mode) == before
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_an_empty_database_is_anybodys(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    with closing(sqlite3.connect(path)) as theirs:
+        theirs.execute("VACUUM")
+    Store.open(f"sqlite:///{path}").close()
+    store = Store.open(f"sqlite:///{path}")
+    make(store)
+    store.close()
 
 
 def test_a_path_with_a_nul_is_refused() -> None:

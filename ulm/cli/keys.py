@@ -17,14 +17,17 @@ from ulm import runtime
 from ulm.cli import cluster, console
 from ulm.errors import ConfigError
 
+NONE = "none"  # in place of a limit: no longer any
 UNITS_S = {"m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 MAX_NAME, MAX_MODELS = 120, 100
 MAX_REQUESTS = 100_000  # a minute, of which each is an entry of a list
-keys = typer.Typer(help="Make API keys for the endpoint, list and revoke them.", no_args_is_help=True)
+MAX_TOKENS, MAX_QUOTA = 1 << 40, 1 << 60
+keys = typer.Typer(help="Make API keys for the endpoint, list, change and revoke them.", no_args_is_help=True)
 Database = Annotated[
     str | None,
     typer.Option(help="The URL of the endpoint's database. Default: ULM_DATABASE_URL, else SQLite's at this root."),
 ]
+Limit = Annotated[str | None, typer.Option(help="A number; none: no limit.")]
 KeyId = Annotated[str, typer.Argument(help="A key's id: the twelve characters after ulm-.", show_default=False)]
 
 
@@ -50,8 +53,10 @@ def create(
     scope: Annotated[list[str], typer.Option(help="infer, data, train or admin; may be repeated.")] = ["infer"],  # noqa: B006
     model: Annotated[list[str], typer.Option(help="A model that it may use; may be repeated. None: all.")] = [],  # noqa: B006
     requests_per_minute: Annotated[int | None, typer.Option(min=1, max=MAX_REQUESTS, help="Default: no limit.")] = None,
-    tokens_per_minute: Annotated[int | None, typer.Option(min=1, max=1 << 40, help="Of prompts and answers.")] = None,
-    quota: Annotated[int | None, typer.Option(min=1, max=1 << 60, help="Tokens in all.")] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(min=1, max=MAX_TOKENS, help="Of prompts and answers.")
+    ] = None,
+    quota: Annotated[int | None, typer.Option(min=1, max=MAX_QUOTA, help="Tokens in all.")] = None,
     expires: Annotated[str | None, typer.Option(help="After how long: 12h, 30d, 8w. Default: never.")] = None,
     database: Database = None,
 ) -> None:
@@ -74,9 +79,7 @@ def create(
         made = accounts.create(store, **fields)
         (found,) = accounts.listed(store, made.id)
     console.err.print("shown this once; send it as Authorization: Bearer …")
-    served = (cluster.running(runtime.root()) or {}).get("models", model)
-    if unknown := sorted(set(model) - set(served)):  # it may be served later
-        console.err.print(f"[yellow]not served now[/]: {console.printable(', '.join(unknown))}", soft_wrap=True)
+    _tell_unknown(model)
     console.finish({**_shown(found), "key": made.text})
 
 
@@ -90,7 +93,7 @@ def list_(database: Database = None) -> None:
 
     with _store(database) as store:
         found = [_shown(key) for key in accounts.listed(store)]
-    console.err.print(_table(found))
+    console.err.print(_table(found) if found else "no keys yet: ulm keys create --name me")
     console.finish({"keys": found})
 
 
@@ -109,6 +112,56 @@ def show(key_id: KeyId, database: Database = None) -> None:
     console.finish(_shown(found[0]))
 
 
+@keys.command("update")
+def update(
+    key_id: KeyId,
+    name: Annotated[str | None, typer.Option(help="Whose it is, or what for.")] = None,
+    scope: Annotated[list[str], typer.Option(help="In place of those it has: infer, data, train or admin.")] = [],  # noqa: B006
+    model: Annotated[list[str], typer.Option(help="In place of those it has; none: all.")] = [],  # noqa: B006
+    requests_per_minute: Limit = None,
+    tokens_per_minute: Limit = None,
+    quota: Annotated[str | None, typer.Option(help="Tokens in all, with those it has used; none: no limit.")] = None,
+    expires: Annotated[str | None, typer.Option(help="After how long from now: 12h, 30d, 8w; none: never.")] = None,
+    database: Database = None,
+) -> None:
+    """Change what a key may do, from its next request on; what is not named stays as it is.
+
+    The word none takes a limit away.
+
+    Example: ulm keys update Zx3kT0aYb91q --requests-per-minute 120 --quota none
+
+    Example: ulm keys update Zx3kT0aYb91q --model swarm --model e00 --expires 30d
+    """
+    from serve import accounts
+
+    fields: dict[str, Any] = {}
+    if name is not None:
+        fields["name"] = _checked_name(name)
+    if scope:
+        fields["scopes"] = _checked_scopes(scope)
+    if model:
+        fields["models"] = None if model == [NONE] else _checked_models(model)
+    for field, option, text, most in (
+        ("requests_per_minute", "--requests-per-minute", requests_per_minute, MAX_REQUESTS),
+        ("tokens_per_minute", "--tokens-per-minute", tokens_per_minute, MAX_TOKENS),
+        ("quota_tokens", "--quota", quota, MAX_QUOTA),
+    ):
+        if text is not None:
+            fields[field] = None if text == NONE else _number(option, text, most)
+    if expires is not None:
+        fields["expires_s"] = None if expires == NONE else time.time() + _duration_s(expires)
+    if not fields:
+        raise ConfigError("keys update", "nothing is to be changed", "an option, such as --quota 1000000")
+    with _store(database) as store:
+        if not accounts.change(store, key_id, **fields):
+            if accounts.listed(store, key_id):
+                raise ConfigError("KEY_ID", f"{key_id} is revoked, for good", "make another: ulm keys create --name me")
+            raise _unknown(key_id)
+        (found,) = accounts.listed(store, key_id)
+    _tell_unknown(fields.get("models") or [])
+    console.finish(_shown(found))
+
+
 @keys.command("revoke")
 def revoke(key_id: KeyId, database: Database = None) -> None:
     """End a key, at once and for good; answers under way are finished.
@@ -122,6 +175,12 @@ def revoke(key_id: KeyId, database: Database = None) -> None:
             raise _unknown(key_id)
         (found,) = accounts.listed(store, key_id)
     console.finish(_shown(found))
+
+
+def _tell_unknown(models: list[str]) -> None:
+    served = (cluster.running(runtime.root()) or {}).get("models", models)
+    if unknown := sorted(set(models) - set(served)):  # it may be served later
+        console.err.print(f"[yellow]not served now[/]: {console.printable(', '.join(unknown))}", soft_wrap=True)
 
 
 def _unknown(key_id: str) -> ConfigError:
@@ -148,6 +207,12 @@ def _checked_models(models: list[str]) -> list[str] | None:
     if len(models) > MAX_MODELS or any(not name.isprintable() or not 0 < len(name) <= 200 for name in models):
         raise ConfigError("--model", "is no name of a model", f"as /v1/models lists them, up to {MAX_MODELS}")
     return sorted(set(models)) or None
+
+
+def _number(option: str, text: str, most: int) -> int:
+    if not re.fullmatch("[1-9][0-9]{0,18}", text) or int(text) > most:
+        raise ConfigError(option, f"{text!r} is no number from 1 to {most:,}", f"{NONE} takes the limit away")
+    return int(text)
 
 
 def _duration_s(text: str) -> int:
