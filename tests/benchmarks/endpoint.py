@@ -72,27 +72,30 @@ def quiet_endpoint(**fields: Any) -> Iterator[dict[str, Any]]:
 
 
 def throughput_and_overhead(prefix: str, fields: dict[str, Any], seconds: float) -> None:
-    """Requests a second against a bare application, by turns; then latency of both at half of ours."""
+    """Requests a second against a bare application, by turns; then our latency at half of our most, and both at its."""
     with quiet_endpoint(**fields, engine={"kind": "echo"}) as served, bare_application() as bare:
-        rates: dict[str, list[float]] = {served["url"]: [], bare: []}
+        url_of_ours = served["url"]
+        rates: dict[str, list[float]] = {url_of_ours: [], bare: []}
         for counted in range(-1, ROUNDS):  # the first warms up
             for url, found in rates.items():
                 rate = saturation(url, seconds / 2)
                 if counted >= 0:
                     found.append(rate)
-        rate, alone_ms = statistics.median(rates[served["url"]]) / 2, echo_alone_ms()
-        runs: dict[str, list[list[float]]] = {url: [] for url in rates}
+        half, bare_half = (statistics.median(found) / 2 for found in rates.values())
+        alone_ms = echo_alone_ms()
+        settings = ((url_of_ours, half), (url_of_ours, bare_half), (bare, bare_half))
+        runs: list[list[list[float]]] = [[], [], []]
         for _ in range(ROUNDS):
-            for url, latencies_ms in runs.items():
+            for (url, rate), latencies_ms in zip(settings, runs, strict=True):
                 latencies_ms.append(asyncio.run(at_a_rate(url, rate, seconds)))
-    report(
-        f"{prefix}_saturation", rates[served["url"]], "requests/s", goal=">= 0.5", peer=PEER, peer_values=rates[bare]
-    )
-    note = f"at {rate:.0f} requests/s, half of our most"
+    ours, theirs = rates.values()
+    report(f"{prefix}_saturation", ours, "requests/s", goal=">= 0.5", peer=PEER, peer_values=theirs)
     for name, share, goal in (("median", 0.5, "<= 8"), ("p99", 0.99, "<= 40")):
-        ours, theirs = ([quantile(run, share) for run in runs[url]] for url in (served["url"], bare))
-        report(f"{prefix}_overhead_{name}", [ms - alone_ms for ms in ours], "ms", goal=goal, note=note)
-        report(f"{prefix}_bare_latency_{name}", theirs, "ms", note=f"of {PEER}, {note}")
+        at_half, at_theirs, of_theirs = ([quantile(run, share) for run in found] for found in runs)
+        note = f"at {half:.0f} requests/s, half of our most"
+        report(f"{prefix}_overhead_{name}", [ms - alone_ms for ms in at_half], "ms", goal=goal, note=note)
+        note = f"both at {bare_half:.0f} requests/s, half of the peer's most"
+        report(f"{prefix}_latency_{name}", at_theirs, "ms", peer=PEER, peer_values=of_theirs, note=note)
 
 
 def saturation(url: str, seconds: float) -> float:
