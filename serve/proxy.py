@@ -18,7 +18,6 @@ from serve.api.refusals import error_body, refusal
 from ulm.errors import OverloadedError, RequestError, UnavailableError
 
 VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-MIDDLEWARES = "serve.proxy.middlewares"
 RETRY_AFTER_S = 1.0
 # Serve takes orders from these headers, of anybody: wait so long, go on when the client has left, prefer that replica.
 ORDERS = frozenset(

@@ -1,4 +1,4 @@
-"""The gateway's own HTTP server. Ray Serve's proxy would take 8 ms of a request, and ten times the processor's time."""
+"""The gateway's own HTTP server. Ray Serve's proxy would take 8 ms of a request, and seven times the processor's."""
 
 from __future__ import annotations
 

@@ -272,8 +272,8 @@ def test_serves_config_is_what_serve_deploys() -> None:
     (workers,) = CLUSTERS["service"]["workerGroupSpecs"]
     cpus = float(workers["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
     assert recipe.cpus <= cpus * workers["replicas"]
-    told = {"runtime_env": {"env_vars": {proxy.VARIABLE: proxy.MIDDLEWARES}}}  # as `ulm serve up` starts Serve
-    assert config["controller_options"] == told
+    middlewares = f"{proxy.__name__}.{proxy.middlewares.__name__}"
+    assert config["controller_options"] == {"runtime_env": {"env_vars": {proxy.VARIABLE: middlewares}}}
     config["applications"][0]["import_paths"] = config["applications"][0].pop("import_path")
     with pytest.raises(pydantic.ValidationError, match="import_path"):
         ServeDeploySchema.model_validate(config)
