@@ -134,20 +134,43 @@ def kill_a_replica() -> None:
     ray.kill(ray.get_actor(**replica_processes()[0]))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_with_replicas_killed_again_and_again_for_two_minutes_every_request_is_answered(
+    served: dict[str, Any], members: dict[str, Any]
+) -> None:
+    change(served, fields(members, replicas=3, max_open=100))
+    deadline_s, num_killed = time.monotonic() + 120, 0
+    with clients(served["url"], bodies(6, 6)) as seen:
+        while time.monotonic() < deadline_s:
+            kill_a_replica()
+            num_killed += 1
+            wait_for(lambda: num_running_replicas() == 3, "the killed replica to be back")
+    all_was_answered(seen)
+    assert num_killed > 5 and len(seen.outcomes) > 500
+
+
+def change(served: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+    """What an update of the endpoint to a recipe of these fields says."""
+    from serve import app
+    from serve.plan import make_plan
+
+    port = int(served["url"].removesuffix("/v1").rpartition(":")[2])
+    made = validate(ServeRecipe, {"name": "t", "port": port, **recipe})
+    return app.update(make_plan(made, root=Path("unused"), near=None), made)
+
+
 def test_another_recipe_goes_live_under_load_without_one_failed_request(
     served: dict[str, Any], members: dict[str, Any]
 ) -> None:
     from serve import app
     from serve.graph import NAME
-    from serve.plan import make_plan
 
     before = app.running()
     changed = fields(members, engine={"kind": "echo", "delay_ms": DELAY_MS / 2}, aliases={"gpt-4o": "b"}, replicas=1)
-    port = int(served["url"].removesuffix("/v1").rpartition(":")[2])
-    recipe = validate(ServeRecipe, {"name": "t", "port": port, **changed})
     with clients(served["url"], bodies(3, 3)) as seen:
         wait_until_begun(seen, 6)
-        updated = app.update(make_plan(recipe, root=Path("unused"), near=None), recipe)
+        updated = change(served, changed)
         wait_until_begun(seen, len(seen.outcomes) + 12)
     all_was_answered(seen)
     assert updated == {"url": served["url"], "models": [*served["models"], "gpt-4o"]}
@@ -176,7 +199,7 @@ def test_at_the_end_what_is_under_way_is_finished_and_what_is_new_is_refused(ser
     all_was_answered(seen, long)
 
 
-# ---- the command line, and long loads
+# ---- the command line
 
 
 @pytest.mark.slow
@@ -213,19 +236,3 @@ def test_update_and_down_from_the_command_line_fail_no_request(
     assert seen.problems() == [] and len(seen.outcomes) == 4
     assert ended(child)[0] == 0
     nothing_is_left(root)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_with_replicas_killed_again_and_again_for_two_minutes_every_request_is_answered(
-    members: dict[str, Any],
-) -> None:
-    with endpoint(**fields(members, replicas=3, max_open=100, cpus=0.1)) as served:
-        deadline_s, num_killed = time.monotonic() + 120, 0
-        with clients(served["url"], bodies(6, 6)) as seen:
-            while time.monotonic() < deadline_s:
-                kill_a_replica()
-                num_killed += 1
-                wait_for(lambda: num_running_replicas() == 3, "the killed replica to be back")
-        all_was_answered(seen)
-        assert num_killed > 5 and len(seen.outcomes) > 500
