@@ -12,6 +12,7 @@ import shutil
 import socket
 import tempfile
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ulm.errors import ClusterError
 
 NAMESPACE, NAME = "ulm", "door"
-PATIENCE_S = 10.0
+PATIENCE_S, RETRY_S = 10.0, 0.1
+FIRST_FREE = 8000  # a port that takes no rights
 NODE_SHARE = 0.001  # of a node's own resource, which has it run there and nowhere else
 
 
@@ -42,8 +44,9 @@ def _bind(to_bind: socket.socket, host: str, port: int) -> None:
     try:
         to_bind.bind((host, port))
     except OSError as error:
-        is_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
-        remedy = f"--set port={port + 1}" if is_port else "--set host=127.0.0.1, or an address of this machine"
+        to_bind.close()
+        other = {errno.EADDRINUSE: port + 1, errno.EACCES: FIRST_FREE}.get(error.errno or 0)
+        remedy = f"--set port={other}" if other else "--set host=127.0.0.1, or an address of this machine"
         problem = f"port {port} of {host} cannot be used: {error.strerror}"
         raise ClusterError(f"{problem}; choose another with {remedy}") from None
 
@@ -54,9 +57,13 @@ class Door:
     def __init__(self, host: str, port: int) -> None:
         self._port = _socket(host)
         self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Should this process be started again, gateways still have the port, which it must be able to take beside them.
-        self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        is_again = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
+        if is_again:  # gateways still have the port, which it must be able to take beside them
+            self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         _bind(self._port, host, port)
+        if not is_again:  # whoever comes meanwhile waits; else others could take the port until a gateway listens
+            self._port.listen()
+            self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         self._folder = Path(tempfile.mkdtemp(prefix="ulm-door-"))  # nobody else may enter
         self._giving = socket.socket(socket.AF_UNIX)
         self._giving.bind(str(self._folder / "socket"))
@@ -64,11 +71,14 @@ class Door:
         threading.Thread(target=self._give, name="door", daemon=True).start()
 
     def _give(self) -> None:
-        with suppress(OSError):  # closed
-            while True:
+        while self._giving.fileno() >= 0:
+            try:
                 asking, _ = self._giving.accept()
-                with asking, suppress(OSError):
-                    socket.send_fds(asking, [b"."], [self._port.fileno()])
+            except OSError:  # too many files are open, say
+                time.sleep(RETRY_S)
+                continue
+            with asking, suppress(OSError):
+                socket.send_fds(asking, [b"."], [self._port.fileno()])
 
     def place(self) -> str:
         """Where gateways ask for the port."""

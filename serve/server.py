@@ -22,6 +22,7 @@ LINGER_S = 1.5  # that idle connections of a gateway which ends stay: who asks o
 BACKLOG = 2_048  # connections that wait to be accepted
 LOOK_EVERY_S = 0.05
 CERTIFICATE_EVERY_S = 30.0
+NO_PASSWORD = ""  # OpenSSL would ask for one at the terminal, and all would wait
 CLOSE = (b"connection", b"close")
 
 
@@ -89,13 +90,13 @@ class Server:
         """Read the certificate again when its files are others: they end, and an endpoint need not."""
         if self._tls is None:
             return
-        read = _changed(self._tls)
+        read: list[tuple[int, int]] = []  # what was read at the start may have been others since
         while True:
             await asyncio.sleep(CERTIFICATE_EVERY_S)
             with suppress(OSError):  # half written: once more, later
                 if (now := _changed(self._tls)) != read and self._config.ssl is not None:
-                    ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*self._tls)  # what fails spoils a context
-                    self._config.ssl.load_cert_chain(*self._tls)
+                    for context in (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), self._config.ssl):  # a failure spoils one
+                        context.load_cert_chain(*self._tls, NO_PASSWORD)
                     read = now
 
 

@@ -14,13 +14,17 @@ import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
+from serve import connections, door
 from serve import server as server_module
 from serve.server import Server
+from tests.certificates import certificate
 from tests.load import session
-from tests.serving.test_keyed_endpoint import certificate
+from ulm.errors import ClusterError
+
+LARGE = 16 << 20  # bytes, more than sockets hold
 
 
 class Served:
@@ -52,7 +56,12 @@ class Served:
             await request.body()
             return await whole(request)
 
-        app = Starlette(routes=[Route("/", read, methods=["GET", "POST"]), Route("/stream", stream)])
+        async def large(request: Request) -> PlainTextResponse:
+            self.begun += 1
+            return PlainTextResponse("a" * LARGE)
+
+        routes = [Route("/", read, methods=["GET", "POST"]), Route("/stream", stream), Route("/large", large)]
+        app = Starlette(routes=routes)
         made = Server(app, self.port.dup(), tls)
         await made.begun()
         return made
@@ -247,3 +256,107 @@ def test_a_certificate_that_is_renewed_is_used_without_an_end(
         await made.drain(is_last=True, drain_s=1)
 
     asyncio.run(body())
+
+
+async def exchanged(served: Served, *pieces: bytes, leaves: bool = False) -> bytes:
+    """What a connection says to this, until it ends."""
+    reader, writer = await asyncio.open_connection(*served.address)
+    said = b""
+    try:
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(0.05)
+        while not leaves and (more := await reader.read(1 << 16)):
+            said += more
+    except ConnectionError:
+        pass
+    finally:
+        writer.close()
+    return said
+
+
+HEAD = b"POST %s HTTP/1.1\r\nHost: a\r\n"
+
+
+def test_a_client_that_leaves_behind_a_second_request_ends_its_first(served: Served) -> None:
+    whole = HEAD % b"/?s=5" + b"Content-Length: 2\r\n\r\n{}"
+
+    async def body() -> None:
+        made = await served.server()
+        for pieces in ((whole + whole,), (whole, whole), (whole, b"POST")):
+            await exchanged(served, *pieces, leaves=True)
+        await wait_until(lambda: served.cancelled == 3)
+        answer = await exchanged(served, (HEAD % b"/?s=0.1" + b"Content-Length: 2\r\n\r\n{}") * 2)
+        assert answer.count(b"200 OK") == 1 and b"connection: close" in answer, "the second is to be asked again"
+        await made.drain(is_last=True, drain_s=1)
+
+    asyncio.run(body())
+
+
+def test_what_follows_an_answer_and_is_no_request_ends(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HEADERS_S", 0.3)
+    refused = HEAD % b"/nothing"
+    chunked = refused + b"Transfer-Encoding: chunked\r\n\r\n0\r\n"
+
+    async def body() -> None:
+        made = await served.server()
+        async with asyncio.timeout(5):
+            for pieces in (
+                (chunked, *[b"a: b\r\n" * 10_000] * 50),
+                (chunked + b"a: ", *[b"b" * 60_000] * 50),
+                (refused + b"Content-Length: 999999999\r\n\r\n", b"x"),
+                (refused + b"Content-Length: 0\r\n\r\n", b"\r\n"),
+            ):
+                await exchanged(served, *pieces)
+        await made.drain(is_last=True, drain_s=1)
+
+    asyncio.run(body())
+
+
+def test_who_does_not_read_is_left_and_who_reads_slowly_is_not(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "READ_S", 0.3)
+
+    async def read(seconds: float) -> int:
+        """Bytes of a large answer that come to one who waits so long before each piece."""
+        reader, writer = await asyncio.open_connection(*served.address, limit=1 << 16)
+        writer.write(b"GET /large HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        num_read = 0
+        try:
+            while True:
+                await asyncio.sleep(seconds)
+                if not (more := await reader.read(1 << 20)):
+                    return num_read
+                num_read += len(more)
+                if seconds < 1 and num_read > LARGE // 2:
+                    seconds = 0
+        except ConnectionError:
+            return num_read
+        finally:
+            writer.close()
+
+    async def body() -> None:
+        made = await served.server()
+        never, slowly = await asyncio.gather(read(1.5), read(0.002))
+        assert slowly > LARGE > never
+        await made.drain(is_last=True, drain_s=1)
+
+    asyncio.run(body())
+
+
+def test_the_port_is_taken_at_once_and_given_to_gateways(served: Served) -> None:
+    host, port = served.address
+    served.port.close()
+    held = door.Door(host, port)
+    try:
+        for taken in (lambda: door.Door(host, port), lambda: door.check_port(host, port)):
+            with pytest.raises(ClusterError, match=f"port {port} of {host} cannot be used.*--set port={port + 1}"):
+                taken()
+        with door._received(held.place()) as given:
+            assert given.getsockname() == (host, port)
+        assert Path(held.place()).parent.stat().st_mode & 0o077 == 0
+        with socket.create_connection((host, port)):  # waits for a gateway
+            pass
+    finally:
+        held.close()
+    door.check_port(host, port)
