@@ -32,11 +32,12 @@ def dashboard(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for _ in range(3):
         context = ray.init(address="local", num_cpus=2, logging_level=logging.ERROR, log_to_driver=False)
         address = f"http://{context.dashboard_url}"
-        if takes_jobs(address):
-            yield address
+        try:
+            if takes_jobs(address):
+                yield address
+                return
+        finally:  # a cluster that stayed would fail every test after this one
             ray.shutdown()
-            return
-        ray.shutdown()
     pytest.fail("no cluster took a job")
 
 
