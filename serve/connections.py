@@ -1,4 +1,4 @@
-"""How long a client may take for the headers of a request, and how large they may be."""
+"""What a client's connection may take: time and room for headers and what is no request, and time to read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ READ_S = 30.0  # that a client may leave what it is sent where it is
 REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,512}")  # as OpenAI has a client's own
 
 
-class BoundedHeaders(HttpToolsProtocol):
+class BoundedConnection(HttpToolsProtocol):
     """uvicorn's protocol, which would wait for headers for ever, and keep them all, and for clients that do not read.
 
     There are no websockets, whose handshake has the same fault.
@@ -137,4 +137,4 @@ class BoundedHeaders(HttpToolsProtocol):
 
 def bound() -> None:
     """Have servers of this process, which leave the choice to uvicorn, use it: Serve's proxy does."""
-    HTTP_PROTOCOLS["auto"] = f"{__name__}:{BoundedHeaders.__name__}"
+    HTTP_PROTOCOLS["auto"] = f"{__name__}:{BoundedConnection.__name__}"

@@ -6,7 +6,7 @@ import asyncio
 import socket
 import ssl
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api.refusals import refusal
-from serve.connections import REQUEST_ID, BoundedHeaders
+from serve.connections import REQUEST_ID, BoundedConnection
 from ulm.errors import RequestError, UnavailableError
 
 KEEP_ALIVE_S = 90.0  # that a connection may be idle
@@ -34,7 +34,7 @@ class Server:
         files = {"ssl_certfile": tls[0], "ssl_keyfile": tls[1]} if tls else {}
         self._config = uvicorn.Config(
             self._edge,
-            http=BoundedHeaders,
+            http=BoundedConnection,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -133,7 +133,7 @@ class Edge:
             elif not scope["path"].startswith("/"):  # OPTIONS *, CONNECT host
                 await refusal(RequestError("The path does not begin with /"))(scope, receive, answered)
             else:
-                await visit.while_there(lambda: self._app(scope, visit.receive, answered))
+                await visit.while_there(self._app(scope, visit.receive, answered))
         finally:
             self.num_open -= 1
 
@@ -158,11 +158,11 @@ class _Visit:
         self._gone = asyncio.Event()
         self._has_left = self.is_answered = False
 
-    async def while_there(self, answer: Callable[[], object]) -> None:
-        """Run this until the client has left."""
+    async def while_there(self, answer: Awaitable[None]) -> None:
+        """Wait for this until the client has left."""
         self._task = asyncio.current_task()
         try:
-            await answer()  # type: ignore[misc]
+            await answer
         except asyncio.CancelledError:
             if not self._has_left or self._task is None or self._task.uncancel():
                 raise

@@ -328,8 +328,8 @@ def test_who_does_not_read_is_left_and_who_reads_slowly_is_not(served: Served, m
                 if not (more := await reader.read(1 << 20)):
                     return num_read
                 num_read += len(more)
-                if seconds < 1 and num_read > LARGE // 2:
-                    seconds = 0
+                if seconds >= 1 or num_read > LARGE // 2:
+                    seconds = 0  # what is there by then
         except ConnectionError:
             return num_read
         finally:
