@@ -100,7 +100,12 @@ def test_a_client_that_leaves_ends_its_request(served: Served, path: str) -> Non
     async def body() -> None:
         made = await served.server()
         async with session() as client:
-            task = asyncio.create_task(client.request("POST" if path == "/" else "GET", f"{served.url}{path}?s=5"))
+
+            async def ask() -> None:
+                async with client.request("POST" if path == "/" else "GET", f"{served.url}{path}?s=5") as answer:
+                    await answer.read()
+
+            task = asyncio.create_task(ask())
             await wait_until(lambda: served.begun == 1)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
